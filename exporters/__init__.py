@@ -1,0 +1,1 @@
+"""One package per output format; each takes a checkpoint and writes files."""
