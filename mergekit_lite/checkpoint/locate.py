@@ -1,0 +1,87 @@
+"""From what a user writes (a folder, a file, a Hub id) to a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_lite.checkpoint.hub import parse_reference, snapshot
+from mergekit_lite.checkpoint.protocol import Checkpoint
+from mergekit_lite.checkpoint.pytorch import PytorchCheckpoint, pytorch_files
+from mergekit_lite.checkpoint.safetensors import INDEX_NAME, SafetensorsCheckpoint
+from mergekit_lite.errors import PackError, nearest
+
+__all__ = ["Source", "find_local", "open_checkpoint"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and where it came from.
+
+    Attributes:
+        reference: As the user wrote it.
+        revision: Commit on the Hub; None for what lies on this disk.
+        checkpoint: Its tensors.
+    """
+
+    reference: str
+    revision: str | None
+    checkpoint: Checkpoint
+
+
+def find_local(reference: str, home: Path) -> Path | None:
+    """Find a folder or file, relative to the recipe's folder or else to the current one."""
+    path = Path(reference).expanduser()
+    for candidate in [path] if path.is_absolute() else [home / path, path]:
+        if candidate.exists():
+            return candidate
+    return None
+
+
+def open_checkpoint(reference: str, home: Path) -> Source:
+    """Open a model: a folder, a ``.safetensors`` or ``.bin`` file, or a Hub id with revision.
+
+    Args:
+        reference: As the user wrote it.
+        home: Folder that relative paths start from; the current folder is tried next.
+
+    Raises:
+        PackError: There is nothing of that name, or it holds no weights.
+    """
+    local = find_local(reference, home)
+    if local is not None:
+        return Source(reference, None, _open_path(local, reference))
+    hub = parse_reference(reference)
+    if hub is None or reference.startswith((".", "/", "~")):
+        raise PackError(
+            _not_found(reference, home), "Check the path; it starts from the recipe's folder."
+        )
+    folder, commit = snapshot(hub)
+    return Source(reference, commit, _open_path(folder, reference))
+
+
+def _not_found(reference: str, home: Path) -> str:
+    parent = (home / reference).parent
+    siblings = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+    return f"{reference}: no such file or folder{nearest(Path(reference).name, siblings)}"
+
+
+def _open_path(path: Path, label: str) -> Checkpoint:
+    if path.is_dir():
+        if (path / INDEX_NAME).is_file() or any(path.glob("*.safetensors")):
+            if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+                raise PackError(
+                    f"{label}: is an adapter, not a whole model",
+                    "Merge it into its base first (PEFT).",
+                )
+            return SafetensorsCheckpoint(path, label)
+        files = pytorch_files(path)
+        if files:
+            return PytorchCheckpoint(files, path, label)
+        raise PackError(
+            f"{label}: holds no weights (*.safetensors or pytorch_model*.bin)",
+            "Give the folder that holds the model's config.json and weights.",
+        )
+    if path.suffix in {".bin", ".pt", ".pth"}:
+        return PytorchCheckpoint([path], None, label)
+    return SafetensorsCheckpoint(path, label)

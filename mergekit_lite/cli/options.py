@@ -1,0 +1,62 @@
+"""Options and types that several commands share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["SIZE", "RecipePath", "Size", "human_bytes", "split_method"]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: ``512MB``, ``2GiB``, ``1000000``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read a size, or fail with an example."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value).lower())
+        if match is None:
+            self.fail(f"{value!r} is not a size; write for example 512MB or 2GiB", param, ctx)
+        unit = match[2] or ""
+        return int(float(match[1]) * (_UNITS.get(unit) or _BINARY[unit]))
+
+
+SIZE = Size()
+RecipePath = click.Path(path_type=Path)
+
+
+def human_bytes(count: float) -> str:
+    """Bytes as a person reads them, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def split_method(words: tuple[str, ...]) -> tuple[str | None, Path]:
+    """Tell METHOD and RECIPE apart; METHOD may be left out.
+
+    Raises:
+        click.UsageError: There are not one or two words.
+    """
+    if len(words) == 1:
+        if not words[0].endswith((".yaml", ".yml")) and not Path(words[0]).is_file():
+            raise click.UsageError(
+                f"missing RECIPE, for example: pack merge {words[0]} recipe.yaml"
+            )
+        return None, Path(words[0])
+    if len(words) != 2:
+        raise click.UsageError(
+            "expected METHOD and RECIPE, for example: pack merge ties recipe.yaml"
+        )
+    return words[0], Path(words[1])

@@ -1,0 +1,111 @@
+"""pack plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from mergekit_lite.cli.options import SIZE, human_bytes, split_method
+
+if TYPE_CHECKING:
+    from mergekit_lite.merge.plan import Plan, PlannedTensor
+    from mergekit_lite.merge.run import Prepared
+
+__all__ = ["command"]
+
+
+@click.command("plan", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("words", nargs=-1, required=True, metavar="[METHOD] RECIPE")
+@click.option("--memory", type=SIZE, default="512MB", show_default=True, help="Memory for weights.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Worker threads.")
+@click.option("--shard-size", type=SIZE, default="2GB", show_default=True, help="Bytes of a file.")
+@click.option("--tensors", is_flag=True, help="Show every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole plan for programs.")
+def command(
+    words: tuple[str, ...],
+    memory: int,
+    threads: int | None,
+    shard_size: int,
+    tensors: bool,
+    as_json: bool,
+) -> None:
+    """Show what RECIPE would do: tensors, methods, bytes, memory. Reads headers only."""
+    from mergekit_lite.merge.run import check_memory, default_threads, prepare
+    from mergekit_lite.methods import ALIASES, METHODS
+    from mergekit_lite.recipe import read_recipe
+
+    method, path = split_method(words)
+    check_memory(memory)
+    recipe = read_recipe(path, METHODS, ALIASES, method)
+    prepared = prepare(recipe, path.parent, max(1, shard_size))
+    try:
+        if as_json:
+            click.echo(json.dumps(prepared.plan.describe(), indent=2))
+            return
+        for line in _summary(prepared, memory, threads or default_threads()):
+            click.echo(line)
+        for line in _groups(prepared.plan, every=tensors):
+            click.echo(line)
+        for note in prepared.notes:
+            click.echo(f"note: {note}")
+    finally:
+        prepared.inputs.close()
+
+
+def _summary(prepared: Prepared, memory: int, threads: int) -> Iterator[str]:
+    from mergekit_lite.merge.run import peak_memory
+
+    plan = prepared.plan
+    reads = plan.input_bytes(prepared.inputs)
+    peak = peak_memory(plan, memory, threads)
+    passes = plan.passes
+    yield f"{plan.recipe.name}: {plan.method.name}, {plan.method.formula}"
+    for name, model in prepared.inputs.items():
+        where = f" @ {model.source.revision[:12]}" if model.source.revision else ""
+        role = " (config and tokenizer)" if name == plan.template else ""
+        yield f"  {name}{where}: {len(model.checkpoint.names())} tensors{role}"
+    yield f"reads   {human_bytes(reads)}" + (f", the whole {passes} times" if passes > 1 else "")
+    files = f"{len(plan.shards)} file{'s' * (len(plan.shards) != 1)}"
+    yield f"writes  {human_bytes(plan.output_bytes)} in {files}"
+    yield f"memory  about {human_bytes(peak)} at its peak, {threads} threads"
+    yield f"dist    dist/{plan.recipe.name}/merged"
+
+
+def _groups(plan: Plan, *, every: bool) -> Iterator[str]:
+    """Tensors by method, type and parameters; one line each with ``every``."""
+    groups: dict[tuple[str, str, str], list[PlannedTensor]] = {}
+    for tensor in plan.tensors.values():
+        dtype = tensor.spec.dtype.name
+        key = (tensor.method, dtype, _parameters(tensor))
+        if every:
+            shape = "×".join(str(n) for n in tensor.spec.shape)
+            yield f"  {tensor.name}  {dtype} {shape or 'scalar'}  {tensor.method}  {key[2]}"
+        groups.setdefault(key, []).append(tensor)
+    if every:
+        return
+    yield "tensors"
+    shown = sorted(groups.items(), key=lambda item: -sum(t.spec.nbytes for t in item[1]))
+    for (method, dtype, parameters), members in shown[:20]:
+        size = human_bytes(sum(t.spec.nbytes for t in members))
+        example = f"{members[0].name}" + (f" … (+{len(members) - 1})" if len(members) > 1 else "")
+        yield f"  {len(members):5}  {dtype:5} {size:>9}  {method}  {parameters}  {example}"
+    if len(shown) > 20:
+        yield f"  … {len(shown) - 20} more groups; see --tensors"
+
+
+def _parameters(tensor: PlannedTensor) -> str:
+    """A tensor's parameters in one line."""
+
+    def show(value: object) -> str:
+        if isinstance(value, tuple):
+            return (
+                "/".join(dict.fromkeys(show(v) for v in value))
+                if len(set(value)) == 1
+                else "/".join(map(show, value))
+            )
+        return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
+
+    return " ".join(f"{name}={show(value)}" for name, value in tensor.parameters.items())

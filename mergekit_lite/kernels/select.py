@@ -1,0 +1,105 @@
+"""The k-th largest magnitude of many deltas, exactly, in memory that does not grow with the tensor.
+
+Radix selection: the bits of a non-negative float order like the float itself, so a histogram of the
+highest 16 bits tells which bin holds the k-th largest, a second one of the next 16 bits over that
+bin alone tells its value. Two passes for float32, four for float64. Counts do not depend on order,
+so the result does not depend on chunks, threads or vector width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from mergekit_lite.kernels.cast import bits_of, load
+from mergekit_lite.kernels.jit import TILE, kernel, overloads
+
+__all__ = ["BINS", "descend", "histogram"]
+
+BINS = 1 << 16
+_GROUP = 32
+
+
+def _magnitude_bits(value: Any) -> Any:
+    raise NotImplementedError
+
+
+@overloads(_magnitude_bits)
+def _magnitude_bits_impl(value: Any) -> Any:
+    if value == numba.float32:
+
+        def single(value: Any) -> Any:
+            return bits_of(value) & np.uint32(0x7FFFFFFF)
+
+        return single
+
+    def double(value: Any) -> Any:
+        return bits_of(value) & np.uint64(0x7FFFFFFFFFFFFFFF)
+
+    return double
+
+
+@kernel
+def histogram(
+    models: Any, base: Any, level: int, prefixes: Any, counts: Any, tile: Any, origin: Any
+) -> None:
+    """Count the magnitudes of ``models[i] - base`` by 16 of their bits.
+
+    Args:
+        models: ``(n, m)``, as stored.
+        base: ``(m,)``, as stored.
+        level: Which 16 bits, 0 for the highest.
+        prefixes: ``(n,)`` uint32 for float32, uint64 for float64; the bits above those 16, which
+            a magnitude must have to be counted.
+        counts: ``(n, 65536)`` int64, added to.
+        tile: ``(1024,)`` of the working type, scratch.
+        origin: As ``tile``.
+    """
+    keys = np.empty(TILE, np.uint16)
+    above = np.empty(TILE, prefixes.dtype)
+    width = 8 * prefixes.itemsize
+    shift = prefixes.dtype.type(width - 16 * (level + 1))
+    sixteen = prefixes.dtype.type(16)
+    for start in range(0, models.shape[1], TILE):
+        count = min(TILE, models.shape[1] - start)
+        load(base, start, count, origin)
+        for i in range(models.shape[0]):
+            load(models[i], start, count, tile)
+            row = counts[i]
+            for j in range(count):
+                bits = _magnitude_bits(tile[j] - origin[j]) >> shift
+                keys[j] = np.uint16(bits)
+                above[j] = bits >> sixteen
+            if level == 0:
+                for j in range(count):
+                    row[keys[j]] += 1
+                continue
+            wanted = prefixes[i]
+            whole = count // _GROUP * _GROUP
+            for group in range(0, whole, _GROUP):
+                part = above[group : group + _GROUP]
+                hits = np.uint32(0)
+                for j in range(_GROUP):
+                    hits += np.uint32(part[j] == wanted)
+                if hits != np.uint32(0):
+                    for j in range(group, group + _GROUP):
+                        if above[j] == wanted:
+                            row[keys[j]] += 1
+            for j in range(whole, count):
+                if above[j] == wanted:
+                    row[keys[j]] += 1
+
+
+def descend(counts: Any, rank: int) -> tuple[int, int]:
+    """Find the bin that holds the ``rank``-th largest (from 1), and the rank within that bin.
+
+    Args:
+        counts: ``(65536,)`` int64.
+        rank: From 1 to the sum of the counts.
+    """
+    from_top = np.cumsum(counts[::-1])
+    at = int(np.searchsorted(from_top, rank))
+    before = int(from_top[at - 1]) if at else 0
+    return BINS - 1 - at, rank - before

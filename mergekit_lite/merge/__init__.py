@@ -1,0 +1,1 @@
+"""How a recipe becomes files: plan, stream, writer."""

@@ -1,0 +1,130 @@
+"""The models of a recipe, each opened once, in an order that does not depend on the recipe's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mergekit_lite.checkpoint.layers import LayerMap, map_layers
+from mergekit_lite.checkpoint.locate import Source, open_checkpoint
+from mergekit_lite.checkpoint.protocol import Checkpoint, TensorSpec
+from mergekit_lite.errors import PackError
+from mergekit_lite.recipe import Recipe
+
+__all__ = ["Inputs", "Model", "open_inputs"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One input model.
+
+    Attributes:
+        name: As the recipe writes it.
+        source: Where it came from, and its tensors.
+        layers: Which of its tensors belong to which layer.
+    """
+
+    name: str
+    source: Source
+    layers: LayerMap
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Its tensors."""
+        return self.source.checkpoint
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether its config says that input and output embeddings are one tensor."""
+        return self.checkpoint.config.get("tie_word_embeddings") is True
+
+    def find(self, name: str, like: TensorSpec | None = None) -> str | None:
+        """The model's own name for a tensor: the same, or that of the tensor it is tied to.
+
+        A model whose output embedding is tied to the input embedding carries only the latter. It is
+        recognised as the one two-dimensional tensor outside the layers that has the shape that the
+        missing one has elsewhere.
+
+        Args:
+            name: Of the tensor.
+            like: Its spec in a model that has it; without it, only the name itself is looked for.
+        """
+        names = self.checkpoint.names()
+        if name in self._set:
+            return name
+        if like is None or len(like.shape) != 2 or name in self.layers.layers:
+            return None
+        twins = [
+            other
+            for other in names
+            if other not in self.layers.layers and self.checkpoint.spec(other).shape == like.shape
+        ]
+        return twins[0] if len(twins) == 1 else None
+
+    @cached_property
+    def _set(self) -> frozenset[str]:
+        return frozenset(self.checkpoint.names())
+
+
+class Inputs(Mapping[str, Model]):
+    """All models of a recipe by the name that the recipe gives them."""
+
+    def __init__(self, models: Mapping[str, Model], template: str) -> None:
+        self._models = dict(models)
+        self.template = self._models[template]
+
+    def __getitem__(self, name: str) -> Model:
+        return self._models[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def close(self) -> None:
+        """Close all files."""
+        for model in self._models.values():
+            model.checkpoint.close()
+
+
+def open_inputs(recipe: Recipe, home: Path) -> Inputs:
+    """Open every model of a recipe, reading headers and configs only.
+
+    The template, whose config and tensor names the result takes, is the base model; without one,
+    the first source of the first slice, or the model whose name sorts first, so that the order of
+    a list of models means nothing.
+
+    Raises:
+        PackError: A model is not there, is broken, or is quantized.
+    """
+    names = [entry.model for entry in recipe.models or []]
+    names += [source.model for part in recipe.slices or [] for source in part.sources]
+    template = recipe.base_model or (names[0] if recipe.slices else min(names))
+    models: dict[str, Model] = {}
+    try:
+        for name in sorted({*names, template}):
+            source = open_checkpoint(name, home)
+            models[name] = Model(
+                name, source, map_layers(source.checkpoint.names(), source.checkpoint.config)
+            )
+            _refuse_quantized(models[name])
+    except BaseException:
+        for model in models.values():
+            model.checkpoint.close()
+        raise
+    return Inputs(models, template)
+
+
+def _refuse_quantized(model: Model) -> None:
+    quantization = model.checkpoint.config.get("quantization_config")
+    if isinstance(quantization, dict):
+        kind = quantization.get("quant_method", "an unnamed method")
+        raise PackError(
+            f"{model.name}: its weights are quantized ({kind}); averaging their codes would be noise",
+            "Use the model in 16 or 32 bits.",
+        )
+    if not model.checkpoint.names():
+        raise PackError(f"{model.name}: holds no tensor", "Check that this is the model you mean.")

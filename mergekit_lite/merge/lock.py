@@ -1,0 +1,104 @@
+"""pack.lock: what went in, what was asked, what computed it, what came out.
+
+Nothing in it tells one run from another that gives the same bytes: no times, no thread counts, no
+absolute paths. It is canonical JSON, so equal locks are equal files.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mergekit_lite
+from mergekit_lite.checkpoint.digest import sha256_of
+from mergekit_lite.checkpoint.protocol import InputFile
+from mergekit_lite.merge.config import to_json
+from mergekit_lite.merge.inputs import Inputs, Model
+from mergekit_lite.merge.plan import Plan
+from mergekit_lite.merge.writer import OutputFile
+from mergekit_lite.recipe import Recipe
+
+__all__ = ["LOCK_NAME", "make_lock", "resolved_recipe"]
+
+LOCK_NAME = "pack.lock"
+_VERSION = 1
+_SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def make_lock(
+    plan: Plan,
+    inputs: Inputs,
+    weights: Mapping[str, Sequence[InputFile]],
+    outputs: Sequence[OutputFile],
+    nonfinite: Mapping[str, int],
+) -> bytes:
+    """Write the lock of a merge.
+
+    Args:
+        plan: What was computed.
+        inputs: The models.
+        weights: Hashed weight files by model.
+        outputs: Every file of the result but the lock.
+        nonfinite: Number of NaN and infinite elements, by tensor that has some.
+    """
+    return to_json(
+        {
+            "lock_version": _VERSION,
+            "name": plan.recipe.name,
+            "version": plan.recipe.version,
+            "kind": "merge",
+            "tool": {"name": "pack-models", "version": mergekit_lite.__version__},
+            "environment": _environment(),
+            "recipe": resolved_recipe(plan.recipe, plan.method.symmetric),
+            "seed": plan.recipe.seed,
+            "notes": plan.notes.lines,
+            "nonfinite": dict(nonfinite),
+            "inputs": [_input(model, weights[name]) for name, model in sorted(inputs.items())],
+            "outputs": [
+                {"path": o.path, "bytes": o.size, "sha256": o.sha256}
+                for o in sorted(outputs, key=lambda o: o.path)
+            ],
+        }
+    )
+
+
+def _environment() -> dict[str, str]:
+    import llvmlite
+    import numba
+    import numpy
+
+    return {
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "numba": numba.__version__,
+        "llvmlite": llvmlite.__version__,
+    }
+
+
+def _input(model: Model, weights: Sequence[InputFile]) -> dict[str, Any]:
+    files = list(weights)
+    folder = model.checkpoint.folder
+    for name in _SMALL:
+        if folder is not None and (folder / name).is_file():
+            path = folder / name
+            files.append(InputFile(name, path.stat().st_size, sha256_of(path)))
+    return {
+        "model": model.name,
+        "revision": model.source.revision,
+        "files": [
+            {"path": f.path, "bytes": f.size, "sha256": f.sha256}
+            for f in sorted(files, key=lambda f: f.path)
+        ],
+    }
+
+
+def resolved_recipe(recipe: Recipe, symmetric: bool) -> dict[str, Any]:
+    """The recipe as data, defaults left out; models sorted where their order means nothing."""
+    data = recipe.model_dump(exclude_none=True)
+    if symmetric:
+        order = lambda entry: (entry["model"], repr(entry))  # noqa: E731
+        data.get("models", []).sort(key=order)
+        for part in data.get("slices", []):
+            part["sources"].sort(key=order)
+    return data

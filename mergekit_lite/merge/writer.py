@@ -1,0 +1,344 @@
+"""Output files that appear whole or not at all, and that a killed run can be continued from.
+
+Everything is written into a hidden folder beside the final one. A finished shard is flushed to the
+disk, renamed, and noted in a journal with its digest; the journal also holds the fingerprint of the
+plan, so that only the same merge of the same inputs continues it. When all is there, the folder is
+renamed. SHA-256 of every shard is computed as its bytes are written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.checkpoint.digest import FileDigest, as_bytes
+from mergekit_lite.dtypes import Array
+from mergekit_lite.errors import PackError
+from mergekit_lite.merge.plan import Shard
+
+__all__ = ["ArtifactWriter", "OutputFile", "partial_of"]
+
+_FLUSH_BYTES = 1 << 26
+
+
+def partial_of(final: Path) -> Path:
+    """The hidden folder that a result is written to before it gets its name."""
+    return final.parent / f".{final.name}.partial"
+
+
+def journal_of(final: Path) -> Path:
+    """The hidden file that notes which shards are finished."""
+    return final.parent / f".{final.name}.journal"
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn errors of the file system into errors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PackError(
+                f"{path}: the disk is full",
+                "Free some space, then run the same command again; finished shards are kept.",
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise PackError(
+                f"{error.filename or path}: {error.strerror}",
+                "Choose a folder that you may write to: -o DIR",
+            ) from None
+        raise PackError(f"{error.filename or path}: {error.strerror or error}") from None
+
+
+class OutputFile:
+    """A file of the result.
+
+    Attributes:
+        path: Relative to the result.
+        size: In bytes.
+        sha256: Of its content.
+    """
+
+    def __init__(self, path: str, size: int, sha256: str) -> None:
+        self.path = path
+        self.size = size
+        self.sha256 = sha256
+
+
+class _OpenShard:
+    """A shard that is being written, by any thread, in any order."""
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self.shard = shard
+        self.path = folder / f"{shard.name}.part"
+        self.left = len(shard.header.entries)
+        self.nonfinite: dict[str, int] = {}
+        self._unflushed = 0
+        self._lock = threading.Lock()
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._digest = FileDigest(self._fd, shard.size, str(self.path))
+        self.write(0, memoryview(shard.prefix))
+
+    def write(self, offset: int, data: memoryview) -> bool:
+        """Write bytes at an offset; returns whether enough has gathered to be flushed."""
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._fd, data[done:], offset + done)
+        self._digest.feed(offset, data)
+        with self._lock:
+            self._unflushed += len(data)
+            if self._unflushed < _FLUSH_BYTES:
+                return False
+            self._unflushed = 0
+            return True
+
+    def flush(self) -> None:
+        """Put what is written so far onto the disk."""
+        os.fdatasync(self._fd)
+
+    def finish(self) -> str:
+        """Flush, close, rename; returns the digest."""
+        sha256 = self._digest.hexdigest()
+        os.fsync(self._fd)
+        self.close()
+        self.path.rename(self.path.with_suffix(""))
+        return sha256
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class ArtifactWriter:
+    """Writes the shards and small files of one result.
+
+    Args:
+        final: Folder that the result will have.
+        shards: All output files.
+        fingerprint: Of the plan.
+        force: Whether an existing result is replaced.
+
+    Raises:
+        PackError: The result exists, is being written by another process, or does not fit.
+    """
+
+    def __init__(self, final: Path, shards: Sequence[Shard], fingerprint: str, force: bool) -> None:
+        self.final = final
+        self.partial = partial_of(final)
+        self._journal = journal_of(final)
+        self._shards = {name: shard for shard in shards for name in shard.header.entries}
+        self._all = shards
+        self._fingerprint = fingerprint
+        self._open: dict[str, _OpenShard] = {}
+        self._lock = threading.Lock()
+        self._flush_wanted = threading.Semaphore(0)
+        self._flush_queue: list[_OpenShard] = []
+        self._closing = False
+        self._flush_failure: OSError | None = None
+        self._lock_fd = -1
+        refuse_existing(final, force)
+        with explained(final):
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            try:
+                self.done = self._resume()
+                self._check_space()
+            except BaseException:
+                self.close()
+                raise
+        self._flusher = threading.Thread(target=self._flush, name="pack-flush", daemon=True)
+        self._flusher.start()
+
+    def _take_lock(self) -> None:
+        path = self.final.parent / f".{self.final.name}.lock"
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever held it before may have removed the file that this descriptor means.
+                current = path.exists() and path.stat().st_ino == os.fstat(fd).st_ino
+            except OSError:
+                os.close(fd)
+                raise PackError(
+                    f"{self.final}: another pack is writing it", "Wait for it, or stop it."
+                ) from None
+            if current:
+                self._lock_fd, self._lock_path = fd, path
+                return
+            os.close(fd)
+
+    def _resume(self) -> dict[str, dict[str, Any]]:
+        """Finished shards of an earlier run of the same plan; anything else is removed."""
+        journal: Any = {}
+        with contextlib.suppress(OSError, ValueError):
+            journal = json.loads(self._journal.read_text("utf-8"))
+        same = isinstance(journal, dict) and journal.get("fingerprint") == self._fingerprint
+        self.discarded = bool(journal) and not same
+        done = dict(journal.get("shards", {})) if same else {}
+        for shard in self._all:
+            path = self.partial / shard.name
+            if shard.name in done and not (path.is_file() and path.stat().st_size == shard.size):
+                del done[shard.name]
+        for path in self.partial.iterdir():
+            if path.name not in done:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return done
+
+    def _check_space(self) -> None:
+        need = sum(shard.size for shard in self._all if shard.name not in self.done)
+        free = shutil.disk_usage(self.partial).free
+        if need > free:
+            raise PackError(
+                f"{self.final}: needs {need / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free",
+                "Free some space, or choose another disk: -o DIR",
+            )
+
+    def write(self, name: str, offset: int, data: Array) -> None:
+        """Write some elements of a tensor, ``offset`` bytes from its start; from any thread."""
+        shard = self._shards[name]
+        with explained(self.partial):
+            with self._lock:
+                held = self._open.get(shard.name)
+                if held is None:
+                    held = self._open[shard.name] = _OpenShard(self.partial, shard)
+            if held.write(shard.header.entries[name].start + offset, as_bytes(data)):
+                with self._lock:
+                    self._flush_queue.append(held)
+                self._flush_wanted.release()
+
+    def tensor_done(self, name: str, nonfinite: int) -> None:
+        """All of a tensor is written; finishes its shard with the last one.
+
+        Args:
+            name: Of the tensor.
+            nonfinite: How many of its elements are NaN or infinite.
+        """
+        shard = self._shards[name]
+        with explained(self.partial):
+            with self._lock:
+                held = self._open.get(shard.name)
+                if held is None:
+                    held = self._open[shard.name] = _OpenShard(self.partial, shard)
+                held.left -= 1
+                if nonfinite:
+                    held.nonfinite[name] = nonfinite
+                if held.left:
+                    return
+            sha256 = held.finish()
+            with self._lock:
+                del self._open[shard.name]
+                self.done[shard.name] = {
+                    "sha256": sha256, "bytes": shard.size, "nonfinite": held.nonfinite,
+                }  # fmt: skip
+                self._write_journal()
+
+    def _write_journal(self) -> None:
+        text = json.dumps({"fingerprint": self._fingerprint, "shards": self.done})
+        write_durably(self._journal, text.encode())
+
+    def _flush(self) -> None:
+        """Keep the disk busy while the merge computes, so that the end need not wait for it."""
+        while True:
+            self._flush_wanted.acquire()
+            with self._lock:
+                if self._closing:
+                    return
+                held = self._flush_queue.pop(0) if self._flush_queue else None
+            # A shard that was finished meanwhile is closed, and was flushed then.
+            if held is not None:
+                with contextlib.suppress(OSError):
+                    held.flush()
+
+    def publish(self, files: Mapping[str, bytes]) -> list[OutputFile]:
+        """Add small files and give the result its name.
+
+        Args:
+            files: Contents by name.
+
+        Returns:
+            Every file of the result, sorted by name.
+        """
+        outputs = self.outputs(files)
+        with explained(self.final):
+            for name, content in files.items():
+                write_durably(self.partial / name, content)
+            sync_folder(self.partial)
+            replace_folder(self.partial, self.final)
+            self._journal.unlink(missing_ok=True)
+        return outputs
+
+    def outputs(self, files: Mapping[str, bytes]) -> list[OutputFile]:
+        """The shards, and small files that will be added, with their digests."""
+        found = [OutputFile(n, d["bytes"], d["sha256"]) for n, d in self.done.items()]
+        found += [OutputFile(n, len(c), hashlib.sha256(c).hexdigest()) for n, c in files.items()]
+        return sorted(found, key=lambda f: f.path)
+
+    def close(self) -> None:
+        """Close all files; what is unfinished stays for the next run."""
+        with self._lock:
+            self._closing = True
+        self._flush_wanted.release()
+        for held in self._open.values():
+            held.close()
+        if self._lock_fd >= 0:
+            self._lock_path.unlink(missing_ok=True)
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+
+def refuse_existing(final: Path, force: bool) -> None:
+    """Check that a result may be written under this name.
+
+    Raises:
+        PackError: Something is there and must not be replaced.
+    """
+    if final.is_symlink() or (final.exists() and not final.is_dir()):
+        raise PackError(f"{final}: is not a folder", "Choose another: -o DIR")
+    if final.is_dir() and any(final.iterdir()) and not force:
+        raise PackError(
+            f"{final}: already exists", "Replace it with --force, or choose another: -o DIR"
+        )
+
+
+def replace_folder(made: Path, final: Path) -> None:
+    """Give a finished folder its final name; what was there is removed only afterwards."""
+    old = final.parent / f".{final.name}.old"
+    if old.exists():
+        shutil.rmtree(old)
+    if final.exists():
+        final.rename(old)
+    made.rename(final)
+    sync_folder(final.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a small file whole: beside its name, flushed, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's list of names onto the disk."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

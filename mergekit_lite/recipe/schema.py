@@ -1,0 +1,121 @@
+"""The schema of a recipe: a superset of mergekit's YAML in which every key is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mergekit_lite.recipe.parameters import Parameter, Setting
+
+__all__ = ["MethodSchema", "ModelEntry", "Recipe", "Slice", "SliceSource", "TokenizerSection"]
+
+Parameters = Annotated[
+    dict[str, Any],
+    Field(
+        description="Parameters of the merge method: a number, a gradient, or a list of filters."
+    ),
+]
+ModelName = Annotated[
+    str,
+    Field(
+        min_length=1, description="A folder, a .safetensors file, or a Hub id org/name[@revision]."
+    ),
+]
+
+
+class MethodSchema(Protocol):
+    """What a recipe's checks need to know of a merge method."""
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Its parameters by name."""
+
+    @property
+    def base(self) -> bool:
+        """Whether it needs a base model."""
+
+    @property
+    def models(self) -> tuple[int, int | None]:
+        """Smallest and largest number of models beside the base."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+    def settings(self) -> Mapping[str, Setting]:
+        """The section's parameters, parsed; empty where it has none."""
+        settings: Mapping[str, Setting] = self.__dict__.get("_settings", {})
+        return settings
+
+
+class ModelEntry(_Section):
+    """One model of a merge."""
+
+    model: ModelName
+    parameters: Parameters | None = None
+
+
+class SliceSource(_Section):
+    """Some layers of one model."""
+
+    model: ModelName
+    layer_range: Annotated[
+        list[Annotated[int, Field(ge=0, le=100_000)]],
+        Field(min_length=2, max_length=2, description="First layer, and one past the last."),
+    ]
+    parameters: Parameters | None = None
+
+
+class Slice(_Section):
+    """Layers of the result, and what they are made of."""
+
+    sources: Annotated[list[SliceSource], Field(min_length=1)]
+    parameters: Parameters | None = None
+
+
+class TokenizerSection(_Section):
+    """Where the tokenizer comes from."""
+
+    source: Annotated[str, Field(min_length=1, description="base, union, or one of the models.")]
+
+
+class Recipe(_Section):
+    """A merge: which models, by which method, into what."""
+
+    name: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
+            description="Name of the result; the recipe's file name if not given.",
+        ),
+    ] = None
+    version: Annotated[
+        str | None,
+        Field(
+            pattern=r"^(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})(-[0-9A-Za-z.-]{1,64})?(\+[0-9A-Za-z.-]{1,64})?$",
+            description="Semantic version of the result.",
+        ),
+    ] = None
+    merge_method: Annotated[str, Field(description="See `pack methods`.")]
+    base_model: ModelName | None = None
+    models: Annotated[list[ModelEntry], Field(min_length=1)] | None = None
+    slices: Annotated[list[Slice], Field(min_length=1)] | None = None
+    parameters: Parameters | None = None
+    dtype: Annotated[
+        str | None,
+        Field(
+            description="Type of the result; float64 also computes in it, all others in float32."
+        ),
+    ] = None
+    out_dtype: Annotated[str | None, Field(description="Type of the result, if not dtype.")] = None
+    tokenizer_source: Annotated[
+        str | None, Field(min_length=1, description="base, union, or one of the models.")
+    ] = None
+    tokenizer: TokenizerSection | None = None
+    chat_template: Annotated[
+        str | None,
+        Field(min_length=1, description="auto, chatml, one of the models, or a Jinja template."),
+    ] = None
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of random masks.")] = 0
