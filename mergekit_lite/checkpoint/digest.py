@@ -49,19 +49,24 @@ class FileDigest:
         self._hash = hashlib.sha256()
         self._frontier = 0
         self._early: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._busy = False
+        self._busy_until = 0
 
     def feed(self, offset: int, data: memoryview) -> None:
         """Take note of bytes that have just been read from, or written to, ``offset``."""
         end = offset + len(data)
         with self._lock:
+            # The piece before this one is being hashed just now: that is worth the wait.
+            while self._busy and self._busy_until == offset:
+                self._lock.wait()
             if end <= self._frontier or end == offset:
                 return
             if self._busy or offset > self._frontier:
                 self._early[offset] = max(end, self._early.get(offset, 0))
                 return
             self._busy = True
+            self._busy_until = end
             data = data[self._frontier - offset :]
         try:
             self._hash.update(data)
@@ -69,6 +74,7 @@ class FileDigest:
         except BaseException:
             with self._lock:
                 self._busy = False
+                self._lock.notify_all()
             raise
 
     def _advance(self, end: int) -> None:
@@ -79,8 +85,10 @@ class FileDigest:
                 start = min(self._early, default=None)
                 if start is None or start > end:
                     self._busy = False
+                    self._lock.notify_all()
                     return
                 stop = self._early.pop(start)
+                self._busy_until = max(stop, end)
             if stop > end:
                 self._hash_from_file(end, stop)
                 end = stop

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from mergekit_lite.checkpoint.digest import FileDigest, as_bytes, read_into
 from mergekit_lite.checkpoint.header import Header, parse_header, read_length
+from mergekit_lite.checkpoint.known import KNOWN
 from mergekit_lite.checkpoint.protocol import Checkpoint, InputFile, Rows, TensorReader, TensorSpec
 from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import FileFormatError, PackError
@@ -46,6 +47,7 @@ class SafetensorsFile:
             read_into(self._fd, 8, memoryview(raw), str(path))
             self.header: Header = parse_header(bytes(raw), self.size, str(path))
             self._header_sha256 = hashlib.sha256(prefix + raw).hexdigest()
+            self._known = KNOWN.find(self._stat)
             self._digest = FileDigest(self._fd, self.size, str(path))
             self._digest.feed(0, memoryview(prefix + bytes(raw)))
         except BaseException:
@@ -53,10 +55,11 @@ class SafetensorsFile:
             raise
 
     def read(self, offset: int, out: Array) -> None:
-        """Fill a contiguous array from a byte offset, and hash what passes."""
+        """Fill a contiguous array from a byte offset, and hash what passes if that is not known."""
         view = as_bytes(out)
         read_into(self._fd, offset, view, str(self.path))
-        self._digest.feed(offset, view)
+        if self._known is None:
+            self._digest.feed(offset, view)
 
     def will_need(self, offset: int, count: int) -> None:
         """Ask the system to fetch bytes ahead."""
@@ -69,17 +72,17 @@ class SafetensorsFile:
 
     def finish(self) -> InputFile:
         """Hash the rest of the file and check that nobody changed it meanwhile."""
-        sha256 = self._digest.hexdigest()
+        sha256 = self._known or self._digest.hexdigest()
         try:
             now = self.path.stat()
         except OSError:
             now = None
-        was = (self._stat.st_size, self._stat.st_mtime_ns)
-        if now is None or (now.st_size, now.st_mtime_ns) != was:
+        if now is None or _state(now) != _state(self._stat):
             raise PackError(
                 f"{self.path}: changed while it was being read",
                 "Wait until whatever writes it is done, then run again.",
             )
+        KNOWN.note(self._stat, sha256)
         return InputFile(self.name, self.size, sha256)
 
     def close(self) -> None:
@@ -87,6 +90,10 @@ class SafetensorsFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _state(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class _FileReader(TensorReader):

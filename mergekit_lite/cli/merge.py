@@ -27,6 +27,7 @@ __all__ = ["command"]
     "--shard-size", type=SIZE, default="2GB", show_default=True,
     help="Most bytes of an output file; a stopped run continues at the next file.",
 )  # fmt: skip
+@click.option("--rehash", is_flag=True, help="Hash inputs again that were hashed before.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary for programs.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def command(
@@ -36,6 +37,7 @@ def command(
     memory: int,
     threads: int | None,
     shard_size: int,
+    rehash: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -46,12 +48,14 @@ def command(
 
     A run that was stopped is continued by the same command.
     """
+    from mergekit_lite.checkpoint.known import KNOWN
     from mergekit_lite.cli.progress import make_progress
     from mergekit_lite.merge.run import Options, check_memory, default_threads, prepare, run_merge
     from mergekit_lite.merge.writer import refuse_existing
     from mergekit_lite.methods import ALIASES, METHODS
     from mergekit_lite.recipe import read_recipe
 
+    KNOWN.enabled = not rehash
     method, path = split_method(words)
     check_memory(memory)
     recipe = read_recipe(path, METHODS, ALIASES, method)

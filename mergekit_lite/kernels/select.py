@@ -16,9 +16,20 @@ import numpy as np
 from mergekit_lite.kernels.cast import bits_of, load
 from mergekit_lite.kernels.jit import TILE, kernel, overloads
 
-__all__ = ["BINS", "descend", "histogram"]
+__all__ = [
+    "BINS",
+    "SAMPLE_GROUP",
+    "bracket_counts",
+    "descend",
+    "from_top",
+    "histogram",
+    "sample_histogram",
+]
 
 BINS = 1 << 16
+SAMPLE_GROUP = 256
+"""Neighbouring elements that a sample takes together."""
+
 _GROUP = 32
 
 
@@ -92,6 +103,87 @@ def histogram(
                     row[keys[j]] += 1
 
 
+@kernel
+def sample_histogram(
+    models: Any, base: Any, stride: int, counts: Any, tile: Any, origin: Any
+) -> None:
+    """Count the magnitudes of a share of the elements by their highest 16 bits (float32 only).
+
+    Args:
+        models: As in `histogram`.
+        base: As in `histogram`.
+        stride: Takes `SAMPLE_GROUP` elements out of ``stride`` times as many.
+        counts: ``(n, 65536)`` int64, added to.
+        tile: As in `histogram`.
+        origin: As in `histogram`.
+    """
+    keys = np.empty(SAMPLE_GROUP, np.uint16)
+    for start in range(0, models.shape[1], SAMPLE_GROUP * stride):
+        count = min(SAMPLE_GROUP, models.shape[1] - start)
+        load(base, start, count, origin)
+        for i in range(models.shape[0]):
+            load(models[i], start, count, tile)
+            row = counts[i]
+            for j in range(count):
+                keys[j] = np.uint16(_magnitude_bits(tile[j] - origin[j]) >> np.uint32(16))
+            for j in range(count):
+                row[keys[j]] += 1
+
+
+@kernel
+def bracket_counts(
+    models: Any,
+    base: Any,
+    lows: Any,
+    widths: Any,
+    counts: Any,
+    above: Any,
+    tile: Any,
+    origin: Any,
+) -> None:
+    """Count every magnitude inside a bracket by itself, and how many lie above it (float32 only).
+
+    Args:
+        models: As in `histogram`.
+        base: As in `histogram`.
+        lows: ``(n,)`` uint32, bits of the smallest magnitude of each bracket.
+        widths: ``(n,)`` uint32, how many bit patterns a bracket holds.
+        counts: ``(n, widest)`` uint32, added to.
+        above: ``(n,)`` int64, added to.
+        tile: As in `histogram`.
+        origin: As in `histogram`.
+    """
+    offsets = np.empty(TILE, np.uint32)
+    inside = np.empty(TILE, np.uint16)
+    for start in range(0, models.shape[1], TILE):
+        count = min(TILE, models.shape[1] - start)
+        load(base, start, count, origin)
+        for i in range(models.shape[0]):
+            load(models[i], start, count, tile)
+            low = lows[i]
+            width = widths[i]
+            high = low + width
+            row = counts[i]
+            over: Any = np.uint32(0)
+            for j in range(count):
+                bits = _magnitude_bits(tile[j] - origin[j])
+                offsets[j] = bits - low
+                over += np.uint32(bits >= high)
+            above[i] += over
+            # Gather the few that are inside without a branch that would be guessed wrong.
+            found: Any = 0
+            for j in range(count):
+                inside[found] = j
+                found += np.int64(offsets[j] < width)
+            for k in range(found):
+                row[offsets[inside[k]]] += np.uint32(1)
+
+
+def from_top(counts: Any, rank: int) -> int:
+    """The index, in counts of ascending values, that holds the ``rank``-th largest (from 1)."""
+    return len(counts) - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), rank))
+
+
 def descend(counts: Any, rank: int) -> tuple[int, int]:
     """Find the bin that holds the ``rank``-th largest (from 1), and the rank within that bin.
 
@@ -99,7 +191,5 @@ def descend(counts: Any, rank: int) -> tuple[int, int]:
         counts: ``(65536,)`` int64.
         rank: From 1 to the sum of the counts.
     """
-    from_top = np.cumsum(counts[::-1])
-    at = int(np.searchsorted(from_top, rank))
-    before = int(from_top[at - 1]) if at else 0
-    return BINS - 1 - at, rank - before
+    at = from_top(counts, rank)
+    return at, rank - int(counts[at + 1 :].sum())

@@ -71,7 +71,7 @@ class MergeCheckpoint(Checkpoint):
         readers = [self._inputs[m].checkpoint.open(tensor) for m, tensor in planned.sources]
         return MergeReader(
             planned, self._plan.method, self._context(planned), {}, readers, self.spanning,
-            owns_statistic=True, local=self._local, pool=self._pool,
+            owns_statistic=False, local=self._local, pool=self._pool,
         )  # fmt: skip
 
     def prefetch(self, name: str) -> None:
@@ -142,8 +142,7 @@ class MergeReader(TensorReader):
         if statistic is not None or "statistic" in method.keywords:
             self._arguments["statistic"] = statistic
         self._inner = max((reader.passes for reader in readers), default=0)
-        own = statistic.passes if statistic is not None and owns_statistic else 0
-        self.passes = self._inner + own
+        self._own = statistic if owns_statistic else None
         self._local = local
         self._pool = pool
         self._kept: dict[int, Array] | None = None
@@ -151,6 +150,11 @@ class MergeReader(TensorReader):
         first = readers[0].spec.dtype
         self._native = len(types) == 1 and in_kernel(first)
         self._gathered = first.storage if self._native else context.work
+
+    @property
+    def passes(self) -> int:  # type: ignore[override]
+        """Passes of the sources, then those of the statistic, which may grow as it goes."""
+        return self._inner + (self._own.passes if self._own is not None else 0)
 
     @property
     def inner_passes(self) -> int:

@@ -156,7 +156,6 @@ class _ObserveJob(Job):
     def __init__(self, reader: MergeReader, index: int) -> None:
         super().__init__(reader)
         self._index = reader.inner_passes + index
-        reader.passes = reader.inner_passes
 
     def finish(self, rows: Rows) -> None:
         self.reader.observe(self._index, rows)

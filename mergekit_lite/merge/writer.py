@@ -84,15 +84,17 @@ class _OpenShard:
         self.nonfinite: dict[str, int] = {}
         self._unflushed = 0
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         self._digest = FileDigest(self._fd, shard.size, str(self.path))
         self.write(0, memoryview(shard.prefix))
 
     def write(self, offset: int, data: memoryview) -> bool:
         """Write bytes at an offset; returns whether enough has gathered to be flushed."""
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._fd, data[done:], offset + done)
+        with self._writing:  # or the system lets the threads spin on the file's own lock
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self._fd, data[done:], offset + done)
         self._digest.feed(offset, data)
         with self._lock:
             self._unflushed += len(data)

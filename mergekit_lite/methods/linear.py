@@ -40,7 +40,6 @@ def linear(chunk: Chunk, *, weight: Each[float] = 1.0, normalize: bool = True) -
         weight: Share of each model.
         normalize: Whether to divide by the sum of the weights.
     """
-    work = chunk.tensor.work
-    weights = np.asarray(weight, work)
-    divisor = work.type(divisor_of(np.asarray(weight), normalize))
+    weights = np.asarray(weight, np.float64)
+    divisor = divisor_of(weights, normalize)
     weighted_sum(chunk.models, weights, divisor, chunk.out, chunk.scratch.floats)

@@ -16,5 +16,5 @@ def passthrough(chunk: Chunk, *, scale: Each[float] = 1.0) -> None:
         chunk: What to copy.
         scale: What to multiply every element by.
     """
-    factor = chunk.tensor.work.type(float(scale[0]))  # type: ignore[index]
+    factor = float(scale[0])  # type: ignore[index]
     scaled(chunk.models[0], factor, chunk.out, chunk.scratch.floats)

@@ -88,12 +88,11 @@ def slerp(
         row_wise: Whether every row of a matrix has an angle of its own, or the tensor has one.
         statistic: The angles.
     """
-    work = chunk.tensor.work
     a, b = statistic.factors(t)
     if len(a) > 1:
         rows = slice(chunk.first // statistic.group, None)
         a, b = a[rows], b[rows]
     blend(
-        chunk.origin, chunk.models[0], a.astype(work), b.astype(work), statistic.group, chunk.out,
+        chunk.origin, chunk.models[0], a, b, statistic.group, chunk.out,
         chunk.scratch.floats,
     )  # fmt: skip

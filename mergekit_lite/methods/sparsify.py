@@ -18,6 +18,13 @@ EVERYTHING = 1 << 32
 """The cutoff below which every random word lies."""
 
 _SMALL = 1 << 15
+"""Elements up to which a tensor, which is then one chunk, is sorted."""
+
+_LARGE = 1 << 20
+"""Elements from which a tensor is sampled first."""
+
+_STRIDE = 16
+_MOST_BINS = 6
 
 
 def cutoffs_of(density: Array) -> Array:
@@ -36,54 +43,129 @@ class TopShare(Statistic):
     Elements equal to it are all kept, as in the reference code of the TIES paper, so that the
     result does not depend on an order among equals. A density above 0 keeps at least one element.
 
+    The selection is exact. A large tensor is sampled first; the sample gives a narrow bracket of
+    magnitudes, in which every bit pattern is then counted. Where the bracket missed, where the
+    work is in float64 or spans the model, a radix selection goes over 16 bits at a time.
+
     Attributes:
         thresholds: ``(n,)`` of the working type, once all passes are settled; 0 where everything
             is kept, infinity where nothing is.
     """
 
     def __init__(self, tensor: TensorContext, density: Array) -> None:
-        self._work = tensor.work
+        self._tensor = tensor
         self._bits: np.dtype[Any] = np.dtype(f"u{tensor.work.itemsize}")
         self.thresholds = np.zeros(tensor.models, tensor.work)
         self.thresholds[density <= 0] = np.inf
         ranks = np.maximum(1, np.floor(density * tensor.elements)).astype(np.int64)
-        self._ranks = {i: int(ranks[i]) for i in np.flatnonzero((density > 0) & (density < 1))}
+        undecided = (density > 0) & (density < 1) & (tensor.elements > 0)
+        self._ranks = {int(i): int(ranks[i]) for i in np.flatnonzero(undecided)}
         self._prefixes = np.zeros(tensor.models, self._bits)
+        self._lows = np.zeros(tensor.models, np.uint32)
+        self._widths = np.zeros(tensor.models, np.uint32)
         self._counts: dict[int, Array] = {}
-        self._small = tensor.elements <= _SMALL and tensor.columns > 0
-        levels = tensor.work.itemsize // 2
-        self.passes = 0 if not self._ranks or not tensor.elements else 1 if self._small else levels
+        self._above: dict[int, Array] = {}
+        self._steps = self._choose() if self._ranks else []
+        self.passes = len(self._steps)
+
+    def _choose(self) -> list[str]:
+        """The passes to begin with."""
+        tensor = self._tensor
+        whole_tensor = tensor.columns > 0
+        if whole_tensor and tensor.elements <= _SMALL:
+            return ["sort"]
+        if whole_tensor and tensor.work == np.float32 and _LARGE <= tensor.elements < 1 << 32:
+            return ["sample", "bracket"]
+        return self._radix()
+
+    def _radix(self) -> list[str]:
+        return [str(level) for level in range(self._tensor.work.itemsize // 2)]
 
     def observe(self, index: int, chunk: Chunk) -> None:
         """Count the chunk's magnitudes, each thread into counts of its own."""
-        if self._small:
-            self._select(chunk)
+        step = self._steps[index]
+        tile, origin = chunk.scratch.floats[:2]
+        if step == "sort":
+            self._sort(chunk)
+        elif step == "sample":
+            counts = self._mine(select.BINS, np.int64)
+            select.sample_histogram(chunk.models, chunk.origin, _STRIDE, counts, tile, origin)
+        elif step == "bracket":
+            counts = self._mine(int(self._widths.max()), np.uint32)
+            above = self._above.setdefault(
+                threading.get_ident(), np.zeros(self._tensor.models, np.int64)
+            )
+            select.bracket_counts(
+                chunk.models, chunk.origin, self._lows, self._widths, counts, above, tile, origin
+            )
+        else:
+            counts = self._mine(select.BINS, np.int64)
+            select.histogram(
+                chunk.models, chunk.origin, int(step), self._prefixes, counts, tile, origin
+            )
+
+    def settle(self, index: int) -> None:
+        """Narrow the range of every model that is still open."""
+        step = self._steps[index]
+        if step == "sort":
             return
+        counts = np.asarray(sum(c.astype(np.int64) for c in self._counts.values()))
+        self._counts.clear()
+        if step == "sample":
+            self._bracket(counts)
+        elif step == "bracket":
+            self._close(counts, np.asarray(sum(self._above.values())))
+        else:
+            self._descend(counts, int(step))
+
+    def _mine(self, width: int, dtype: type[np.generic]) -> Array:
+        """The calling thread's counts for this pass, ``(n, width)``."""
         me = threading.get_ident()
         counts = self._counts.get(me)
         if counts is None:
-            counts = self._counts[me] = np.zeros((len(self.thresholds), select.BINS), np.int64)
-        tile, origin = chunk.scratch.floats[:2]
-        select.histogram(chunk.models, chunk.origin, index, self._prefixes, counts, tile, origin)
+            counts = self._counts[me] = np.zeros((self._tensor.models, width), dtype)
+        return counts
 
-    def _select(self, chunk: Chunk) -> None:
-        origin = widened(chunk.origin, self._work)
+    def _sort(self, chunk: Chunk) -> None:
+        origin = widened(chunk.origin, self._tensor.work)
         for i, rank in self._ranks.items():
-            size = np.abs(widened(chunk.models[i], self._work) - origin)
+            size = np.abs(widened(chunk.models[i], self._tensor.work) - origin)
             self.thresholds[i] = np.partition(size, size.size - rank)[size.size - rank]
 
-    def settle(self, index: int) -> None:
-        """Narrow every model's range to one of its bins."""
-        if self._small:
-            return
-        counts = np.sum(list(self._counts.values()), axis=0)
-        self._counts.clear()
+    def _bracket(self, counts: Array) -> None:
+        """From a sample to the bits between which the threshold almost surely lies."""
+        for i, rank in self._ranks.items():
+            sampled = int(counts[i].sum())
+            share = rank / self._tensor.elements
+            margin = 6.0 * (sampled * share * (1.0 - share)) ** 0.5 + 16.0
+            top = select.descend(counts[i], max(1, int(sampled * share - margin)))[0]
+            bottom = select.descend(counts[i], min(sampled, int(sampled * share + margin) + 1))[0]
+            if top - bottom < _MOST_BINS:
+                self._lows[i] = bottom << 16
+                self._widths[i] = (top - bottom + 1) << 16
+        if not self._widths.any():
+            self._steps = [*self._steps[:1], *self._radix()]
+            self.passes = len(self._steps)
+
+    def _close(self, counts: Array, above: Array) -> None:
+        """From the counts inside the brackets to thresholds; what was missed is done by radix."""
+        for i in list(self._ranks):
+            within = self._ranks[i] - int(above[i])
+            if not 1 <= within <= int(counts[i].sum()):
+                continue
+            at = select.from_top(counts[i], within)
+            self.thresholds[i] = (self._lows[i : i + 1] + np.uint32(at)).view(np.float32)[0]
+            del self._ranks[i]
+        if self._ranks:
+            self._steps += self._radix()
+            self.passes = len(self._steps)
+
+    def _descend(self, counts: Array, level: int) -> None:
         for i, rank in self._ranks.items():
             key, self._ranks[i] = select.descend(counts[i], rank)
             self._prefixes[i] = (int(self._prefixes[i]) << 16) | key
-        if index == self.passes - 1:
-            for i in self._ranks:
-                self.thresholds[i] = self._prefixes[i : i + 1].view(self._work)[0]
+            if level == self._tensor.work.itemsize // 2 - 1:
+                self.thresholds[i] = self._prefixes[i : i + 1].view(self._tensor.work)[0]
 
 
 class DeltaNorms(Statistic):
@@ -101,7 +183,7 @@ class DeltaNorms(Statistic):
         self._cutoffs = cutoffs
         blocks = max(1, -(-tensor.elements // tensor.block))
         self._partial = np.zeros((tensor.models, blocks, 2), np.float64)
-        self.ratio = np.ones(tensor.models, tensor.work)
+        self.ratio = np.ones(tensor.models)
 
     def gather(self, chunk: Chunk, thresholds: Array) -> None:
         """Sum over one chunk."""
@@ -135,7 +217,11 @@ class Sparsity(Statistic):
     ) -> None:
         self._top = TopShare(tensor, np.ones(tensor.models) if density is None else density)
         self._norms = DeltaNorms(tensor, cutoffs) if norms else None
-        self.passes = self._top.passes + (1 if norms else 0)
+
+    @property
+    def passes(self) -> int:  # type: ignore[override]
+        """Passes of the selection, which may find that it needs more, and one for the norms."""
+        return self._top.passes + (1 if self._norms else 0)
 
     @property
     def thresholds(self) -> Array:
@@ -145,7 +231,7 @@ class Sparsity(Statistic):
     @property
     def factors(self) -> Array:
         """``(n,)``, what the kept elements are multiplied by."""
-        return self._norms.ratio if self._norms else np.ones_like(self._top.thresholds)
+        return self._norms.ratio if self._norms else np.ones(len(self._top.thresholds))
 
     def observe(self, index: int, chunk: Chunk) -> None:
         """See one chunk."""
