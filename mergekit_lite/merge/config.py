@@ -19,7 +19,7 @@ _COMES_ALONG = (
     "preprocessor_config.json",
     "modules.json",
     "1_Pooling/config.json",
-    "sentence_bert_config.json",
+    "sentence_*_config.json",
 )
 
 
@@ -36,9 +36,9 @@ def small_files(plan: Plan, inputs: Inputs) -> dict[str, bytes]:
         files["config.json"] = to_json(_mended(plan, inputs))
     folder = template.checkpoint.folder
     if folder is not None:
-        for name in _COMES_ALONG:
-            if (folder / name).is_file():
-                files[name] = (folder / name).read_bytes()
+        for pattern in _COMES_ALONG:
+            for path in sorted(folder.glob(pattern)):
+                files[str(path.relative_to(folder))] = path.read_bytes()
         if template.checkpoint.config.get("auto_map"):
             plan.notes.lines.append(
                 f"{template.name} names Python code of its own (auto_map); pack does not copy code"

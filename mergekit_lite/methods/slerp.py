@@ -29,7 +29,7 @@ class Angles(Statistic):
 
     def __init__(self, tensor: TensorContext, row_wise: bool) -> None:
         self._row_wise = row_wise and tensor.columns > 1
-        self._block = tensor.columns if self._row_wise else tensor.block * tensor.columns
+        self._block = tensor.columns if self._row_wise else tensor.block
         self.sums = np.zeros((max(1, -(-tensor.elements // self._block)), 3), np.float64)
         self.group = self._block if self._row_wise else max(1, tensor.elements)
 
