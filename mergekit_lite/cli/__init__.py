@@ -23,6 +23,7 @@ COMMANDS = {
     "merge": "Merge models as a recipe says.",
     "plan": "Show what a recipe would do, without reading weights.",
     "methods": "List merge methods, their parameters, formulas and papers.",
+    "recipes": "List recipes to start from, or print one.",
     "schema": "Print the JSON Schema of recipes, for editors.",
     "completion": "Print the script that completes pack's words in a shell.",
 }
@@ -63,7 +64,7 @@ class _Group(click.Group):
 @click.group(
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Begin with:  pack merge ties recipe.yaml",
+    epilog="Begin with:  pack recipes ties-three-finetunes > a.yaml,  then:  pack merge ties a.yaml",
 )
 @click.version_option(mergekit_lite.__version__, "-V", "--version", prog_name="pack")
 @click.option("--debug", is_flag=True, envvar="PACK_DEBUG", help="Show tracebacks.")

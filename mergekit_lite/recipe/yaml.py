@@ -69,7 +69,7 @@ def load_document(text: str, source: str) -> Document:
         raise RecipeError(source, [Mistake((), "nested too deeply")]) from None
     if node is None:
         raise RecipeError(
-            source, [Mistake((), "the file is empty")], "Begin with: pack schema --example"
+            source, [Mistake((), "the file is empty")], "Begin with one of: pack recipes"
         )
     builder = _Builder()
     data = builder.build(node, ())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_lite.errors import PackError, nearest
+from mergekit_lite.resources import resource_folder
 from mergekit_lite.tokenizer.vocabulary import (
     TOKENIZER_FILES,
     conflicts,
@@ -16,13 +17,6 @@ from mergekit_lite.tokenizer.vocabulary import (
 )
 
 __all__ = ["Tokenizer", "choose_tokenizer"]
-
-_CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}\n"
-)
 
 
 @dataclass(frozen=True)
@@ -124,7 +118,7 @@ def _chat_files(
         )
         return found[source if source in common else common[0]]
     if chat == "chatml":
-        return {"chat_template.jinja": _CHATML.encode()}
+        return {"chat_template.jinja": (resource_folder("templates") / "chatml.jinja").read_bytes()}
     if chat == "base":
         return _templates(holders[source])
     if chat in folders:
