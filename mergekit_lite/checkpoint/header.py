@@ -183,7 +183,7 @@ def _entry(name: str, value: object, data_start: int, data_bytes: int) -> Entry:
     if value.keys() != _ENTRY_KEYS:
         for key in sorted(_ENTRY_KEYS - value.keys()):
             raise _Reject(f"tensor '{name}' has no '{key}'")
-        unknown = sorted(value.keys() - _ENTRY_KEYS)[0]
+        unknown = min(value.keys() - _ENTRY_KEYS)
         raise _Reject(f"tensor '{name}' has an unknown key '{unknown}'")
     dtype_name = value["dtype"]
     dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
@@ -194,12 +194,14 @@ def _entry(name: str, value: object, data_start: int, data_bytes: int) -> Entry:
     start, end = _pair(value["data_offsets"], name)
     if not 0 <= start <= end <= data_bytes:
         raise _Reject(
-            f"tensor '{name}' lies outside the file (bytes {start} to {end} of {data_bytes} bytes of data)"
+            f"tensor '{name}' lies outside the file "
+            f"(bytes {start} to {end} of {data_bytes} bytes of data)"
         )
     expected = prod(shape) * dtype.itemsize
     if end - start != expected:
         raise _Reject(
-            f"tensor '{name}' has {end - start} bytes, its shape {list(shape)} of {dtype.name} takes {expected}"
+            f"tensor '{name}' has {end - start} bytes, "
+            f"its shape {list(shape)} of {dtype.name} takes {expected}"
         )
     return Entry(dtype, shape, data_start + start, data_start + end)
 

@@ -51,6 +51,11 @@ def open_checkpoint(reference: str, home: Path) -> Source:
     local = find_local(reference, home)
     if local is not None:
         return Source(reference, None, _open_path(local, reference))
+    if "+" in reference and find_local(reference.partition("+")[0], home) is not None:
+        raise PackError(
+            f"{reference}: adapters on a base are not merged yet",
+            "Merge the adapter into its base with PEFT first, and give that folder.",
+        )
     hub = parse_reference(reference)
     if hub is None or reference.startswith((".", "/", "~")):
         raise PackError(

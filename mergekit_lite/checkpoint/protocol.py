@@ -64,7 +64,7 @@ class TensorSpec:
 
     @property
     def block_rows(self) -> int:
-        """Rows that are summed together, about 4096 elements; a chunk begins at a multiple of it."""
+        """Rows that are summed together, about 4096 elements; chunks begin at multiples of it."""
         return max(1, BLOCK_ELEMENTS // max(1, self.columns))
 
     def chunks(self, elements: int = CHUNK_ELEMENTS) -> Iterator[Rows]:
@@ -90,7 +90,7 @@ class TensorReader(ABC):
 
     @abstractmethod
     def read(self, rows: Rows, out: Array) -> None:
-        """Write rows into ``out``, a contiguous array of the spec's storage type and that many elements.
+        """Write rows into ``out``, contiguous, of the spec's storage type and that many elements.
 
         Safe to call from several threads, after all passes are settled.
         """

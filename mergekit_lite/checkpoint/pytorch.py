@@ -1,4 +1,4 @@
-"""PyTorch ``.bin`` checkpoints, read with ``weights_only=True`` and mapped, never unpickled freely."""
+"""PyTorch ``.bin`` checkpoints: mapped, with ``weights_only=True``, never unpickled freely."""
 
 from __future__ import annotations
 

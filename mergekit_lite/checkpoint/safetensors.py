@@ -164,7 +164,8 @@ class SafetensorsCheckpoint(Checkpoint):
                 )
         for name in self._where.keys() - weight_map.keys():
             raise FileFormatError(
-                f"{self._where[name].path}: holds the tensor '{name}', which {INDEX_NAME} does not name",
+                f"{self._where[name].path}: holds the tensor '{name}', "
+                f"which {INDEX_NAME} does not name",
                 "Download shards and index of the same revision.",
             )
 
@@ -238,7 +239,8 @@ def _weight_map(index: Path) -> dict[str, str]:
             or not pure.parts
         ):
             raise FileFormatError(
-                f"{index}: names a file outside the model's folder for the tensor '{name}' ({shard!r:.80})",
+                f"{index}: names a file outside the model's folder "
+                f"for the tensor '{name}' ({shard!r:.80})",
                 "Do not use this model; its index was tampered with.",
             )
         if not shard.endswith(".safetensors"):

@@ -64,7 +64,7 @@ class _Group(click.Group):
 @click.group(
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Begin with:  pack recipes ties-three-finetunes > a.yaml,  then:  pack merge ties a.yaml",
+    epilog="Begin with:  pack recipes ties-three-finetunes > a.yaml;  pack merge ties a.yaml",
 )
 @click.version_option(mergekit_lite.__version__, "-V", "--version", prog_name="pack")
 @click.option("--debug", is_flag=True, envvar="PACK_DEBUG", help="Show tracebacks.")
@@ -75,7 +75,7 @@ def cli(debug: bool) -> None:
 def main() -> None:
     """Run the command line and turn every error into a message and an exit code.
 
-    Exit codes: 0 done, 1 the input or the world is at fault, 2 wrong usage, 130 stopped by the user.
+    Exit codes: 0 done, 1 the input or the world is at fault, 2 wrong usage, 130 stopped.
     """
     signal.signal(signal.SIGTERM, _on_terminate)
     debug = "--debug" in sys.argv[1:2] or bool(os.environ.get("PACK_DEBUG"))

@@ -130,7 +130,10 @@ def in_kernel(dtype: DType) -> bool:
 
 @cache
 def _float8_values(name: str) -> Array:
-    """The 256 values of a float8 type, as float32. Source: OCP 8-bit Floating Point, 2023, table 1."""
+    """The 256 values of a float8 type, as float32.
+
+    Source: OCP 8-bit Floating Point Specification, revision 1.0, 2023, table 1.
+    """
     mantissa_bits, bias = (3, 7) if name == "F8_E4M3" else (2, 15)
     codes = np.arange(256)
     exponent = (codes & 0x7F) >> mantissa_bits

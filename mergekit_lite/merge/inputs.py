@@ -123,7 +123,7 @@ def _refuse_quantized(model: Model) -> None:
     if isinstance(quantization, dict):
         kind = quantization.get("quant_method", "an unnamed method")
         raise PackError(
-            f"{model.name}: its weights are quantized ({kind}); averaging their codes would be noise",
+            f"{model.name}: its weights are quantized ({kind}); averaging codes would be noise",
             "Use the model in 16 or 32 bits.",
         )
     if not model.checkpoint.names():

@@ -10,6 +10,8 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 import mergekit_lite
 from mergekit_lite.checkpoint.digest import sha256_of
 from mergekit_lite.checkpoint.protocol import InputFile
@@ -66,11 +68,10 @@ def make_lock(
 def _environment() -> dict[str, str]:
     import llvmlite
     import numba
-    import numpy
 
     return {
         "python": platform.python_version(),
-        "numpy": numpy.__version__,
+        "numpy": np.__version__,
         "numba": numba.__version__,
         "llvmlite": llvmlite.__version__,
     }

@@ -260,8 +260,8 @@ def _check_shapes(assignments: Sequence[Assignment]) -> None:
         more = f"\n  … and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise PackError(
             f"{len(wrong)} tensor(s) differ in shape:\n" + "\n".join(wrong[:10]) + more,
-            "Their vocabularies differ. Resize the embeddings to one vocabulary first; pack does not "
-            "cut or remap them."
+            "Their vocabularies differ. Resize the embeddings to one vocabulary first; "
+            "pack does not cut or remap them."
             if vocabulary
             else "Merge models of one architecture and size.",
         )

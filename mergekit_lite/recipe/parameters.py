@@ -105,7 +105,7 @@ def parse_setting(
     """Read a setting from a recipe's data.
 
     Returns:
-        The setting, and the mistakes in it with their paths relative to it; one of the two is empty.
+        The setting, and the mistakes in it with paths relative to it; one of the two is empty.
     """
     mistakes: list[tuple[tuple[str | int, ...], str]] = []
     branches: list[tuple[str | None, Value | tuple[float, ...]]] = []

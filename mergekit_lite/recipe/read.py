@@ -1,4 +1,4 @@
-"""From YAML to a checked recipe; every mistake in one report, with lines and nearest known words."""
+"""From YAML to a checked recipe; every mistake in one report, with lines and near words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokenizer and chat template the result gets, and whether the models agree on their tokens."""
+"""Which tokenizer and chat template the result gets, and whether the models agree on tokens."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def choose_tokenizer(
     source: str | None = template if wanted in (None, "base", "union") else wanted
     if source not in folders:
         raise PackError(
-            f"tokenizer_source '{wanted}' is not a model of this recipe{nearest(str(wanted), folders)}",
+            f"tokenizer_source '{wanted}' is not a model of this recipe"
+            + nearest(str(wanted), folders),
             "Use base, union, or one of the models.",
         )
     notes: list[str] = []

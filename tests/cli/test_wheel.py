@@ -33,7 +33,8 @@ def test_a_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", "ties", {"a": {}, "b": {}}, base_model="base")
     code = (
         f"import sys; sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]\n"
-        f"sys.path.insert(0, {str(site)!r}); sys.argv = ['pack', 'merge', 'ties', {str(recipe)!r}]\n"
+        f"sys.path.insert(0, {str(site)!r})\n"
+        f"sys.argv = ['pack', 'merge', 'ties', {str(recipe)!r}]\n"
         "import mergekit_lite, mergekit_lite.cli\n"
         f"assert mergekit_lite.__file__.startswith({str(site)!r})\n"
         "mergekit_lite.cli.main()"

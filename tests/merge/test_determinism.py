@@ -96,7 +96,7 @@ def test_global_trim_is_deterministic_too(pack: Callable, tmp_path: Path, models
 
 
 def test_one_seed_one_mask(pack: Callable, tmp_path: Path, models: Path) -> None:
-    """Filtering one tensor out leaves every other tensor's mask as it was; another seed does not."""
+    """Filtering one tensor leaves every other tensor's mask as it was; another seed does not."""
     from tests.conftest import load
 
     merged = {}

@@ -108,10 +108,9 @@ def test_an_input_that_is_cut_during_the_run(pack: Callable, tmp_path: Path) -> 
     source = open_checkpoint("a", tmp_path)
     file = tmp_path / "a" / "model.safetensors"
     os.truncate(file, file.stat().st_size - 100)
+    last = max(source.checkpoint.names(), key=lambda n: (n.startswith("layers.1.up"), n))
     with pytest.raises(PackError, match=r"a/model\.safetensors"):
-        for name in source.checkpoint.names():
-            source.checkpoint.read(name)
-        source.checkpoint.input_files()
+        source.checkpoint.read(last)
 
 
 def test_an_input_that_changes_during_the_run_is_noticed(tmp_path: Path) -> None:
