@@ -21,11 +21,13 @@ class Source:
     Attributes:
         reference: As the user wrote it.
         revision: Commit on the Hub; None for what lies on this disk.
+        path: The folder or file on this disk.
         checkpoint: Its tensors.
     """
 
     reference: str
     revision: str | None
+    path: Path
     checkpoint: Checkpoint
 
 
@@ -50,7 +52,7 @@ def open_checkpoint(reference: str, home: Path) -> Source:
     """
     local = find_local(reference, home)
     if local is not None:
-        return Source(reference, None, _open_path(local, reference))
+        return Source(reference, None, local, _open_path(local, reference))
     if "+" in reference and find_local(reference.partition("+")[0], home) is not None:
         raise PackError(
             f"{reference}: adapters on a base are not merged yet",
@@ -62,7 +64,7 @@ def open_checkpoint(reference: str, home: Path) -> Source:
             _not_found(reference, home), "Check the path; it starts from the recipe's folder."
         )
     folder, commit = snapshot(hub)
-    return Source(reference, commit, _open_path(folder, reference))
+    return Source(reference, commit, folder, _open_path(folder, reference))
 
 
 def _not_found(reference: str, home: Path) -> str:

@@ -71,7 +71,7 @@ def _summary(prepared: Prepared, memory: int, threads: int) -> Iterator[str]:
     files = f"{len(plan.shards)} file{'s' * (len(plan.shards) != 1)}"
     yield f"writes  {human_bytes(plan.output_bytes)} in {files}"
     yield f"memory  about {human_bytes(peak)} at its peak, {threads} threads"
-    yield f"dist    dist/{plan.recipe.name}/merged"
+    yield f"result  dist/{plan.recipe.name}/merged"
 
 
 def _groups(plan: Plan, *, every: bool) -> Iterator[str]:

@@ -18,7 +18,10 @@ TILE = 1024
 
 def kernel(function: F) -> F:
     """Compile a function without the interpreter's lock; kept on disk between runs."""
-    return cast(F, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+    try:
+        return cast(F, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+    except RuntimeError:  # there is no folder that may be written to: compile in every run
+        return cast(F, numba.njit(nogil=True, error_model="numpy")(function))
 
 
 def inner(function: F) -> F:

@@ -23,7 +23,7 @@ from mergekit_lite.merge.inputs import Inputs, open_inputs
 from mergekit_lite.merge.lock import LOCK_NAME, make_lock
 from mergekit_lite.merge.plan import Plan, make_plan, scratch_bytes
 from mergekit_lite.merge.stream import Job, run_jobs
-from mergekit_lite.merge.writer import ArtifactWriter, OutputFile, refuse_existing
+from mergekit_lite.merge.writer import ArtifactWriter, OutputFile, refuse_existing, refuse_inputs
 from mergekit_lite.recipe import Recipe
 from mergekit_lite.tokenizer.choose import Tokenizer, choose_tokenizer
 
@@ -184,6 +184,7 @@ def run_merge(
     plan, inputs = prepared.plan, prepared.inputs
     try:
         refuse_existing(folder, options.force)
+        refuse_inputs(folder, (m.source.path for m in inputs.values()))
         writer = ArtifactWriter(folder, plan.shards, plan.fingerprint(inputs), options.force)
         try:
             return _run(prepared, writer, options, progress, began)

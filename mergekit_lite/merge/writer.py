@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class _OpenShard:
 
     def flush(self) -> None:
         """Put what is written so far onto the disk."""
-        os.fdatasync(self._fd)
+        getattr(os, "fdatasync", os.fsync)(self._fd)
 
     def finish(self) -> str:
         """Flush, close, rename; returns the digest."""
@@ -311,6 +311,22 @@ def refuse_existing(final: Path, force: bool) -> None:
         raise PackError(
             f"{final}: already exists", "Replace it with --force, or choose another: -o DIR"
         )
+
+
+def refuse_inputs(final: Path, inputs: Iterable[Path]) -> None:
+    """Check that a result does not take the place of what it is made from.
+
+    Raises:
+        PackError: The final folder is, or holds, an input.
+    """
+    target = final.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if target == source or target in source.parents:
+            raise PackError(
+                f"{final}: holds the input {path}, which would be lost",
+                "Choose another folder: -o DIR",
+            )
 
 
 def replace_folder(made: Path, final: Path) -> None:

@@ -184,3 +184,15 @@ def test_shapes_and_names_that_do_not_fit(pack: Callable, tmp_path: Path) -> Non
         assert ran.code == 1
         assert all(words in ran.err for words in said), ran.err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("output", ["a", ".", "a/../a/", "link"])
+def test_a_result_never_replaces_an_input(pack: Callable, tmp_path: Path, output: str) -> None:
+    random_models(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", {"a": {}, "b": {}})
+    before = digests(tmp_path)
+    ran = pack("merge", recipe, "-o", output, "--force", cwd=tmp_path)
+    assert ran.code == 1
+    assert "would be lost" in ran.err or "is not a folder" in ran.err
+    assert digests(tmp_path) == before
