@@ -21,7 +21,6 @@ __all__ = [
     "SAMPLE_GROUP",
     "bracket_counts",
     "descend",
-    "from_top",
     "histogram",
     "sample_histogram",
 ]
@@ -179,17 +178,18 @@ def bracket_counts(
                 row[offsets[inside[k]]] += np.uint32(1)
 
 
-def from_top(counts: Any, rank: int) -> int:
-    """The index, in counts of ascending values, that holds the ``rank``-th largest (from 1)."""
-    return len(counts) - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), rank))
-
-
-def descend(counts: Any, rank: int) -> tuple[int, int]:
+@kernel
+def descend(counts: Any, rank: int) -> Any:
     """Find the bin that holds the ``rank``-th largest (from 1), and the rank within that bin.
 
     Args:
-        counts: ``(65536,)`` int64.
-        rank: From 1 to the sum of the counts.
+        counts: ``(bins,)`` integers, bins of ascending values.
+        rank: From 1 to the sum of the counts; beyond it, the lowest bin is returned.
     """
-    at = from_top(counts, rank)
-    return at, rank - int(counts[at + 1 :].sum())
+    left = np.int64(rank)
+    for at in range(counts.size - 1, 0, -1):
+        here = np.int64(counts[at])
+        if left <= here:
+            return at, left
+        left -= here
+    return 0, left

@@ -20,14 +20,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.checkpoint.digest import FileDigest, as_bytes
+import numpy as np
+
 from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.plan import Shard
+from mergekit_lite.merge.segments import SegmentedFile
 
 __all__ = ["ArtifactWriter", "OutputFile", "partial_of"]
-
-_FLUSH_BYTES = 1 << 26
 
 
 def partial_of(final: Path) -> Path:
@@ -75,51 +75,21 @@ class OutputFile:
 
 
 class _OpenShard:
-    """A shard that is being written, by any thread, in any order."""
+    """A shard that is being written."""
 
     def __init__(self, folder: Path, shard: Shard) -> None:
         self.shard = shard
         self.path = folder / f"{shard.name}.part"
         self.left = len(shard.header.entries)
         self.nonfinite: dict[str, int] = {}
-        self._unflushed = 0
-        self._lock = threading.Lock()
-        self._writing = threading.Lock()
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        self._digest = FileDigest(self._fd, shard.size, str(self.path))
-        self.write(0, memoryview(shard.prefix))
-
-    def write(self, offset: int, data: memoryview) -> bool:
-        """Write bytes at an offset; returns whether enough has gathered to be flushed."""
-        with self._writing:  # or the system lets the threads spin on the file's own lock
-            done = 0
-            while done < len(data):
-                done += os.pwrite(self._fd, data[done:], offset + done)
-        self._digest.feed(offset, data)
-        with self._lock:
-            self._unflushed += len(data)
-            if self._unflushed < _FLUSH_BYTES:
-                return False
-            self._unflushed = 0
-            return True
-
-    def flush(self) -> None:
-        """Put what is written so far onto the disk."""
-        getattr(os, "fdatasync", os.fsync)(self._fd)
+        self.file = SegmentedFile(self.path, shard.size)
+        self.file.write(0, np.frombuffer(shard.prefix, np.uint8))
 
     def finish(self) -> str:
         """Flush, close, rename; returns the digest."""
-        sha256 = self._digest.hexdigest()
-        os.fsync(self._fd)
-        self.close()
+        sha256 = self.file.finish()
         self.path.rename(self.path.with_suffix(""))
         return sha256
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 class ArtifactWriter:
@@ -144,9 +114,6 @@ class ArtifactWriter:
         self._fingerprint = fingerprint
         self._open: dict[str, _OpenShard] = {}
         self._lock = threading.Lock()
-        self._flush_wanted = threading.Semaphore(0)
-        self._flush_queue: list[_OpenShard] = []
-        self._closing = False
         self._flush_failure: OSError | None = None
         self._lock_fd = -1
         refuse_existing(final, force)
@@ -159,8 +126,6 @@ class ArtifactWriter:
             except BaseException:
                 self.close()
                 raise
-        self._flusher = threading.Thread(target=self._flush, name="pack-flush", daemon=True)
-        self._flusher.start()
 
     def _take_lock(self) -> None:
         path = self.final.parent / f".{self.final.name}.lock"
@@ -214,10 +179,8 @@ class ArtifactWriter:
                 held = self._open.get(shard.name)
                 if held is None:
                     held = self._open[shard.name] = _OpenShard(self.partial, shard)
-            if held.write(shard.header.entries[name].start + offset, as_bytes(data)):
-                with self._lock:
-                    self._flush_queue.append(held)
-                self._flush_wanted.release()
+            start = shard.header.entries[name].start + offset
+            held.file.write(start, data.reshape(-1).view(np.uint8))
 
     def tensor_done(self, name: str, nonfinite: int) -> None:
         """All of a tensor is written; finishes its shard with the last one.
@@ -249,19 +212,6 @@ class ArtifactWriter:
         text = json.dumps({"fingerprint": self._fingerprint, "shards": self.done})
         write_durably(self._journal, text.encode())
 
-    def _flush(self) -> None:
-        """Keep the disk busy while the merge computes, so that the end need not wait for it."""
-        while True:
-            self._flush_wanted.acquire()
-            with self._lock:
-                if self._closing:
-                    return
-                held = self._flush_queue.pop(0) if self._flush_queue else None
-            # A shard that was finished meanwhile is closed, and was flushed then.
-            if held is not None:
-                with contextlib.suppress(OSError):
-                    held.flush()
-
     def publish(self, files: Mapping[str, bytes]) -> list[OutputFile]:
         """Add small files and give the result its name.
 
@@ -288,11 +238,8 @@ class ArtifactWriter:
 
     def close(self) -> None:
         """Close all files; what is unfinished stays for the next run."""
-        with self._lock:
-            self._closing = True
-        self._flush_wanted.release()
         for held in self._open.values():
-            held.close()
+            held.file.close()
         if self._lock_fd >= 0:
             self._lock_path.unlink(missing_ok=True)
             os.close(self._lock_fd)
