@@ -6,15 +6,22 @@ here too, as another `Checkpoint`; nothing that consumes one would change.
 
 from __future__ import annotations
 
+import glob
+import os
 import re
+import sys
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from mergekit_lite.checkpoint.pytorch import pytorch_files
+from mergekit_lite.checkpoint.safetensors import INDEX_NAME, load_json
 from mergekit_lite.errors import PackError
 
 __all__ = ["HubReference", "parse_reference", "snapshot"]
 
-_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_SMALL = [
+_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>(?!.*\.\.)[\w./-]+))?")
+_SMALL = (
     "*.json",
     "*.jinja",
     "*.model",
@@ -23,7 +30,8 @@ _SMALL = [
     "NOTICE*",
     "USE_POLICY*",
     "README.md",
-]
+)
+_SMALL_IN_FOLDERS = ("additional_chat_templates/*.jinja", "1_Pooling/config.json")
 
 
 class HubReference:
@@ -32,6 +40,9 @@ class HubReference:
     def __init__(self, repo: str, revision: str | None) -> None:
         self.repo = repo
         self.revision = revision
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}" if self.revision else self.repo
 
 
 def parse_reference(text: str) -> HubReference | None:
@@ -43,7 +54,9 @@ def parse_reference(text: str) -> HubReference | None:
 def snapshot(reference: HubReference) -> tuple[Path, str]:
     """Fetch a model into the Hub's cache, unless it is there.
 
-    Safetensors are preferred; PyTorch files are fetched only where there are none.
+    Only what a merge reads is fetched: config, tokenizer, licence, and the weights that
+    `open_checkpoint` would take, PyTorch files only where there are no safetensors. A model in the
+    cache is used as it is while the Hub cannot be asked.
 
     Returns:
         The folder, and the commit that it holds.
@@ -51,51 +64,126 @@ def snapshot(reference: HubReference) -> tuple[Path, str]:
     Raises:
         PackError: There is no such model, no permission, or no network.
     """
-    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
+        HFValidationError,
+        HTTPError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    repo, revision = reference.repo, reference.revision
-    shown = f"{repo}@{revision}" if revision else repo
     try:
-        try:
-            info = HfApi().model_info(repo, revision=revision, files_metadata=False)
-        except (OSError, HfHubHTTPError, OfflineModeIsEnabled) as error:
-            if isinstance(error, GatedRepoError | RepositoryNotFoundError | RevisionNotFoundError):
-                raise
-            folder = snapshot_download(repo, revision=revision, local_files_only=True)
-        else:
-            files = [sibling.rfilename for sibling in info.siblings or []]
-            weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
-            folder = snapshot_download(repo, revision=info.sha, allow_patterns=[*_SMALL, weights])
+        folder = _fetch(reference)
     except GatedRepoError:
         raise PackError(
-            f"{shown}: access to this model must be granted first",
-            f"Ask for it on the model's page, then run: hf auth login   ({repo})",
+            f"{reference}: access to this model must be granted first",
+            f"Ask for it on the model's page, then run: hf auth login   ({reference.repo})",
         ) from None
     except RevisionNotFoundError:
         raise PackError(
-            f"{shown}: the model has no such revision", "Check the text after '@'."
+            f"{reference}: the model has no such revision", "Check the text after '@'."
         ) from None
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, HFValidationError):
         raise PackError(
-            f"{shown}: neither a folder here nor a model on the Hub",
+            f"{reference}: neither a folder here nor a model on the Hub",
             "Check the spelling; for a private model run: hf auth login",
         ) from None
+    except (OSError, HTTPError) as error:
+        raise PackError(
+            f"{reference}: the download failed ({_first_line(error)})",
+            "Run the same command again.",
+        ) from None
+    return folder, folder.name
+
+
+def _fetch(reference: HubReference) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        disable_progress_bars()
+    repo, revision = reference.repo, reference.revision
+    try:
+        info = HfApi().model_info(repo, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except (OSError, HTTPError) as error:  # of the HTTP library's errors, some are no OSError
+        return _cached(reference, _first_line(error))
+    files = [sibling.rfilename for sibling in info.siblings or []]
+    # Asked for by its name, so that the cache knows the name's commit when the Hub is away.
+    folder = Path(
+        snapshot_download(repo, revision=revision, allow_patterns=_exactly(_small(files)))
+    )
+    weights = _weights(folder, files)
+    if not weights:
+        raise PackError(
+            f"{reference}: holds no weights (*.safetensors or pytorch_model*.bin)",
+            "Give the model that it was made from.",
+        )
+    snapshot_download(repo, revision=folder.name, allow_patterns=_exactly(weights))
+    return folder
+
+
+def _cached(reference: HubReference, why: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(
+                reference.repo,
+                revision=reference.revision,
+                local_files_only=True,
+                allow_patterns=["config.json"],
+            )
+        )
     except LocalEntryNotFoundError:
         raise PackError(
-            f"{shown}: no such folder here, and the Hub cannot be reached",
+            f"{reference}: no such folder here, and the Hub cannot be asked ({why})",
             "Check the path, or the network and HF_ENDPOINT.",
         ) from None
-    except (OSError, HfHubHTTPError) as error:
-        first = str(error).strip().splitlines()[0][:200]
+    weights = _weights(folder, [path.name for path in folder.iterdir()])
+    if not weights or not all((folder / name).is_file() for name in weights):
         raise PackError(
-            f"{shown}: the download failed ({first})", "Run the same command again."
-        ) from None
-    return Path(folder), Path(folder).name
+            f"{reference}: only a part of it is in the cache, and the Hub cannot be asked ({why})",
+            "Run the same command again with the Hub in reach.",
+        )
+    return folder
+
+
+def _small(files: Iterable[str]) -> list[str]:
+    """Of a model's files, those beside the weights that a merge reads or copies; never code."""
+    return [
+        name
+        for name in files
+        if any(fnmatchcase(name, p) for p in (_SMALL_IN_FOLDERS if "/" in name else _SMALL))
+    ]
+
+
+def _weights(folder: Path, files: Sequence[str]) -> list[str]:
+    """Of a model's files, the weights that `open_checkpoint` would take.
+
+    Args:
+        folder: Holds the index, if the model has one.
+        files: Paths of all files of the model.
+    """
+    safetensors = [name for name in files if fnmatchcase(name, "*.safetensors") and "/" not in name]
+    if (folder / INDEX_NAME).is_file():
+        weight_map = load_json(folder / INDEX_NAME).get("weight_map")
+        shards = weight_map.values() if isinstance(weight_map, dict) else ()
+        return sorted({shard for shard in shards if isinstance(shard, str)})
+    if "model.safetensors" in safetensors:
+        return ["model.safetensors"]
+    if safetensors:
+        return safetensors
+    named = [path.name for path in pytorch_files(folder)]
+    return named or [n for n in files if fnmatchcase(n, "pytorch_model*.bin") and "/" not in n]
+
+
+def _exactly(names: Iterable[str]) -> list[str]:
+    return [glob.escape(name) for name in names]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

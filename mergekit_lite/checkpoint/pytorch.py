@@ -1,13 +1,17 @@
-"""PyTorch ``.bin`` checkpoints: mapped, with ``weights_only=True``, never unpickled freely."""
+"""PyTorch ``.bin`` checkpoints: mapped, with ``weights_only=True``, never unpickled freely.
+
+Files written before PyTorch 1.6 are no zip archives and cannot be mapped; they are read whole.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from mergekit_lite.checkpoint.digest import as_bytes, sha256_of
 from mergekit_lite.checkpoint.protocol import Checkpoint, InputFile, Rows, TensorReader, TensorSpec
@@ -27,24 +31,25 @@ def pytorch_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return sorted(folder.glob("pytorch_model*.bin"))
     weight_map = load_json(index).get("weight_map")
-    shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not shards or not all(isinstance(s, str) and PurePosixPath(s).name == s for s in shards):
         raise FileFormatError(
             f"{index}: its 'weight_map' does not name files of this folder", "Download it again."
         )
-    return [folder / shard for shard in sorted(shards)]
+    return [folder / shard for shard in sorted(set(shards))]
 
 
 class _MappedReader(TensorReader):
     def __init__(self, tensor: torch.Tensor, spec: TensorSpec) -> None:
         self.spec = spec
-        self._rows = tensor.reshape(spec.rows, spec.columns) if spec.elements else tensor
+        self._rows = tensor.detach().reshape(spec.rows, spec.columns)
 
     def read(self, rows: Rows, out: Array) -> None:
         import torch
 
-        part = self._rows[rows.start : rows.stop].contiguous().reshape(-1).view(torch.uint8)
-        np.copyto(np.frombuffer(as_bytes(out), np.uint8), part.numpy())
+        part = self._rows[rows.start : rows.stop]
+        if part.numel():
+            torch.frombuffer(as_bytes(out), dtype=part.dtype).view(part.shape).copy_(part)
 
 
 class PytorchCheckpoint(Checkpoint):
@@ -84,7 +89,21 @@ class PytorchCheckpoint(Checkpoint):
 
     def input_files(self) -> list[InputFile]:
         """The files, hashed in a pass of their own since they are mapped and not read."""
-        return [InputFile(path.name, path.stat().st_size, sha256_of(path)) for path in self._files]
+        hashed = []
+        for path, before in zip(self._files, self._times, strict=True):
+            sha256 = sha256_of(path)
+            now = path.stat()
+            if (now.st_ino, now.st_size, now.st_mtime_ns) != (
+                before.st_ino,
+                before.st_size,
+                before.st_mtime_ns,
+            ):
+                raise PackError(
+                    f"{path}: changed while it was being read",
+                    "Wait until whatever writes it is done, then run again.",
+                )
+            hashed.append(InputFile(path.name, now.st_size, sha256))
+        return hashed
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
@@ -96,14 +115,22 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
             "Run: pip install 'pack-models[torch]'",
         ) from None
     try:
-        state: Any = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # addressed to whoever wrote the file
+            state: Any = torch.load(
+                os.fspath(path),
+                map_location="cpu",
+                weights_only=True,
+                mmap=zipfile.is_zipfile(path),
+            )
     except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read ({error})") from None
+        raise FileFormatError(
+            f"{path}: cannot be read ({error.strerror or error})", "Download the file again."
+        ) from None
     except Exception as error:
         # torch raises RuntimeError, UnpicklingError, KeyError, EOFError … for files it rejects
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise FileFormatError(
-            f"{path}: is no PyTorch file of plain tensors ({first})",
+            f"{path}: is no PyTorch file of plain tensors ({_reason(error)})",
             "pack never unpickles code. Convert the model to safetensors where you trust it.",
         ) from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -115,8 +142,23 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def _reason(error: Exception) -> str:
+    """What was found, without torch's advice to load the file unsafely."""
+    text = str(error)
+    named = re.search(r"GLOBAL (\S+)", text)
+    if named:
+        return f"it calls for {named[1]}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("Unsupported")] or lines
+    return told[0][:200] if told else type(error).__name__
+
+
 def _spec(name: str, tensor: torch.Tensor, label: str) -> TensorSpec:
     dtype = by_config_name(str(tensor.dtype))
-    if dtype is None or tensor.layout != __import__("torch").strided:
-        raise FileFormatError(f"{label}: tensor '{name}' has the unsupported type {tensor.dtype}")
+    plain = not tensor.is_nested and str(tensor.layout) == "torch.strided"
+    if dtype is None or not plain or tensor.device.type != "cpu":
+        raise FileFormatError(
+            f"{label}: tensor '{name}' is not plain data of a known type "
+            f"({tensor.dtype}, {tensor.layout}, {tensor.device})"
+        )
     return TensorSpec(tuple(tensor.shape), dtype)

@@ -194,13 +194,18 @@ def _plan_tensor(
             f"'{assignment.name}': '{method.name}' would get {len(assignment.models)} models",
             "Check the sources of the slices.",
         )
+    parameters = _resolve(assignment, method)
+    try:
+        method.check(parameters)
+    except PackError as error:
+        raise PackError(f"'{assignment.name}': {error.message}", error.hint) from None
     return PlannedTensor(
         name=assignment.name,
         spec=TensorSpec(spec.shape, saved or spec.dtype),
         method=method.name,
         models=tuple((i.model.name, i.tensor) for i in assignment.models),
         base=(assignment.base.model.name, assignment.base.tensor) if assignment.base else None,
-        parameters=_resolve(assignment, method),
+        parameters=parameters,
     )
 
 

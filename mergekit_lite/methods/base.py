@@ -131,6 +131,7 @@ class Method:
         models: Smallest and largest number of models beside the base; no upper limit if None.
         statistic: Makes the statistic of one tensor, or None where none is needed.
         spans_model: Whether, with these parameters, one statistic covers the whole model.
+        check: Raises a `PackError` where resolved parameters cannot be used together.
         summary: One sentence for ``pack methods``.
         formula: One line.
         paper: Where it comes from.
@@ -144,6 +145,7 @@ class Method:
     models: tuple[int, int | None]
     statistic: Callable[..., Statistic | None]
     spans_model: Callable[[Mapping[str, Value]], bool]
+    check: Callable[[Mapping[str, Any]], None]
     summary: str
     formula: str
     paper: str
@@ -172,6 +174,7 @@ def merge_method(
     models: tuple[int, int | None] = (1, None),
     statistic: Callable[..., Statistic | None] = _no_statistic,
     spans_model: Callable[[Mapping[str, Value]], bool] = lambda _: False,
+    check: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a method under a name; its first docstring line is its summary.
 
@@ -184,6 +187,8 @@ def merge_method(
         models: Smallest and largest number of models beside the base.
         statistic: Called with a `TensorContext` and the method's parameters.
         spans_model: Told the parameters, says whether one statistic covers the whole model.
+        check: Raises a `PackError` where resolved parameters cannot be used together; called
+            before any weight is read.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -196,6 +201,7 @@ def merge_method(
             models=models,
             statistic=statistic,
             spans_model=spans_model,
+            check=check,
             summary=(function.__doc__ or "").strip().splitlines()[0],
             formula=formula,
             paper=paper,

@@ -8,6 +8,7 @@ import numpy as np
 
 from mergekit_lite.dtypes import Array
 from mergekit_lite.methods.base import Between, Chunk, Each, Statistic, TensorContext, merge_method
+from mergekit_lite.methods.linear import check_divisor
 from mergekit_lite.methods.sparsify import Sparsity, cutoffs_of
 from mergekit_lite.methods.task_arithmetic import add_deltas
 
@@ -41,6 +42,7 @@ def factors_of(density: Array, rescale: bool | str, statistic: Statistic | None)
     paper=PAPER,
     base=True,
     statistic=dropping,
+    check=check_divisor,
 )
 def dare_linear(
     chunk: Chunk,

@@ -7,7 +7,7 @@ import numpy as np
 from mergekit_lite.dtypes import Array
 from mergekit_lite.kernels.fuse import delta_sum
 from mergekit_lite.methods.base import Chunk, Each, merge_method
-from mergekit_lite.methods.linear import divisor_of
+from mergekit_lite.methods.linear import check_divisor
 from mergekit_lite.methods.sparsify import everything
 
 __all__ = ["add_deltas", "task_arithmetic"]
@@ -38,8 +38,6 @@ def add_deltas(
     """
     tensor = chunk.tensor
     work, n = tensor.work, tensor.models
-    if normalize and not elect:
-        divisor_of(np.asarray(weight), normalize)
     delta_sum(
         chunk.models,
         chunk.origin,
@@ -63,6 +61,7 @@ def add_deltas(
     formula="θ_base + λ·Σ wᵢ·(θᵢ - θ_base)",
     paper="Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089",
     base=True,
+    check=check_divisor,
 )
 def task_arithmetic(
     chunk: Chunk, *, weight: Each[float] = 1.0, lambda_: float = 1.0, normalize: bool = False

@@ -255,7 +255,7 @@ def _counts(document: Document, recipe: Recipe, schema: MethodSchema) -> Iterato
         if len(others) < low or (high is not None and len(others) > high):
             wanted = str(low) if low == high else f"at least {low}"
             beside = " beside the base model" if schema.base else ""
-            text = f"'{recipe.merge_method}' takes {wanted} model{'s' * (wanted != '1')}{beside}"
+            text = f"'{recipe.merge_method}' takes {wanted} model{'' if low == 1 else 's'}{beside}"
             yield document.mistake(place, f"{text}, found {len(others)}")
 
 
