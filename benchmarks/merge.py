@@ -203,6 +203,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", help="passed to pack")
     parser.add_argument("--memory", help="passed to pack")
     parser.add_argument(
+        "--rehash", action="store_true", help="let pack hash inputs that it has hashed before"
+    )
+    parser.add_argument(
         "--pack", type=Path, default=peers.installed_pack(), help="the pack command to measure"
     )
     arguments = parser.parse_args()
@@ -230,7 +233,7 @@ def main() -> None:
         for name in ("threads", "memory")
         if (value := getattr(arguments, name))
         for part in (f"--{name}", value)
-    ]
+    ] + ["--rehash"] * arguments.rehash
     bench = Bench(
         family=family,
         tiny=make_family(WORK / "tiny", TINY, "BF16"),
@@ -268,6 +271,8 @@ def main() -> None:
     print(f"\n{here}")
     for program, found in versions.items():
         print(f"{program}: " + ", ".join(f"{name} {number}" for name, number in found.items()))
+    hashes = "every run hashes its inputs" if arguments.rehash else "digests of inputs are known"
+    print(f"pack: {hashes}")
     print(f"Llama of {shape.parameters() / 1e6:.0f} million parameters, bf16, page cache warm\n")
     print(report.time_table(results) + "\n\n" + report.memory_table(results))
     print("".join(f"\nwarning: {line}" for line in report.cold_runs(results)))

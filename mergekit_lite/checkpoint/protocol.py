@@ -16,7 +16,7 @@ from mergekit_lite.dtypes import Array, DType
 __all__ = ["CHUNK_ELEMENTS", "Checkpoint", "InputFile", "Rows", "TensorReader", "TensorSpec"]
 
 BLOCK_ELEMENTS = 4096
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 19
 
 
 class Rows(NamedTuple):
