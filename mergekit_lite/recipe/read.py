@@ -69,6 +69,7 @@ def parse_recipe(
     schema = methods[data["merge_method"]]
     settings, wrong = _settings(document, data["merge_method"], schema)
     mistakes += wrong
+    mistakes += _types(document)
     if recipe is not None:
         mistakes += _sense(document, recipe, schema)
     if mistakes or recipe is None:
@@ -213,19 +214,25 @@ def _settings(
     return found, mistakes
 
 
+def _types(document: Document) -> Iterator[Mistake]:
+    """Names of floating-point types that there are none of."""
+    for key in ("dtype", "out_dtype"):
+        value = document.data.get(key)
+        if not isinstance(value, str):
+            continue
+        dtype = by_config_name(value)
+        if dtype is None or not dtype.is_float:
+            names = [d.config_name for d in DTYPES.values() if d.is_float]
+            close = nearest(value, names) or f"; known: {', '.join(names)}"
+            yield document.mistake((key,), f"unknown floating-point type '{value}'{close}")
+
+
 def _sense(document: Document, recipe: Recipe, schema: MethodSchema) -> Iterator[Mistake]:
     """What single keys cannot tell: how they fit together."""
     if (recipe.models is None) == (recipe.slices is None):
         found = "both" if recipe.models else "neither"
         yield document.mistake((), f"exactly one of 'models' and 'slices' is needed, found {found}")
         return
-    for key in ("dtype", "out_dtype"):
-        value = getattr(recipe, key)
-        dtype = by_config_name(value) if value else None
-        if value and not (dtype and dtype.is_float):
-            names = [d.config_name for d in DTYPES.values() if d.is_float]
-            close = nearest(value, names) or f"; known: {', '.join(names)}"
-            yield document.mistake((key,), f"unknown floating-point type '{value}'{close}")
     if recipe.tokenizer and recipe.tokenizer_source:
         yield document.mistake(("tokenizer",), "give 'tokenizer' or 'tokenizer_source', not both")
     if schema.base and recipe.base_model is None:

@@ -140,7 +140,7 @@ parameters: {lamda: 1, normalize: perhaps}
         parse_recipe(text, "r.yaml", "r", METHODS, ALIASES)
     lines = [m.line for m in caught.value.mistakes]
     assert lines == sorted(lines)
-    assert {2, 5, 6, 8, 9, 10, 11} <= set(lines)
+    assert {2, 5, 6, 7, 8, 9, 10, 11} <= set(lines)
     assert len(lines) >= 10
 
 
