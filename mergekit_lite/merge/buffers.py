@@ -11,7 +11,7 @@ from mergekit_lite.dtypes import Array
 __all__ = ["BufferPool", "padded"]
 
 _STEP = 1 << 18
-_IDLE_BYTES = 1 << 27
+_IDLE_BYTES = 1 << 26
 
 
 def padded(size: int) -> int:
@@ -20,7 +20,7 @@ def padded(size: int) -> int:
 
 
 class BufferPool:
-    """Idle buffers by size, at most 128 MB of them; safe to share between threads."""
+    """Idle buffers by size, at most 64 MB of them; safe to share between threads."""
 
     def __init__(self) -> None:
         self._idle: dict[int, list[Array]] = {}

@@ -213,7 +213,7 @@ def _run(
         progress.note(line)
     memory = max(0, options.memory - _FIXED - scratch_bytes(plan, options.threads))
     run: Callable[[Iterator[Job]], None] = lambda jobs: run_jobs(  # noqa: E731
-        jobs, options.threads, memory, progress.advance
+        jobs, options.threads, memory, progress.advance, writer.abort
     )
     todo = [
         name

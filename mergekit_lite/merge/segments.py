@@ -29,7 +29,7 @@ from mergekit_lite.dtypes import Array
 __all__ = ["SegmentedFile"]
 
 SEGMENT = 1 << 22
-WINDOW = 16
+WINDOW = 8
 _ALIGN = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
@@ -103,12 +103,16 @@ class SegmentedFile:
         self.close()
         return self._sha256.hexdigest()
 
+    def abort(self) -> None:
+        """Let everyone who waits for this file give up."""
+        with self._changed:
+            self._failure = self._failure or OSError(errno.ECANCELED, "stopped")
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Close the file, finished or not."""
         if self._writer.is_alive():
-            with self._changed:
-                self._failure = self._failure or OSError(errno.ECANCELED, "stopped")
-                self._changed.notify_all()
+            self.abort()
             self._queue.put(None)
             self._writer.join()
         if self._fd >= 0:

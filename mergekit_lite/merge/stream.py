@@ -41,8 +41,15 @@ class Job(ABC):
 
 
 class _Scheduler:
-    def __init__(self, jobs: Iterator[Job], memory: int, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        jobs: Iterator[Job],
+        memory: int,
+        progress: Callable[[int], None],
+        abort: Callable[[], None],
+    ) -> None:
         self._jobs = jobs
+        self._abort = abort
         self._memory = memory
         self._progress = progress
         self._held = 0
@@ -71,6 +78,7 @@ class _Scheduler:
             if self.failure is None:
                 self.failure = error
             self._changed.notify_all()
+        self._abort()
 
     def _next(self) -> tuple[int, int, int, Job] | None:
         with self._changed:
@@ -144,7 +152,11 @@ class _Scheduler:
 
 
 def run_jobs(
-    jobs: Iterator[Job], threads: int, memory: int, progress: Callable[[int], None]
+    jobs: Iterator[Job],
+    threads: int,
+    memory: int,
+    progress: Callable[[int], None],
+    abort: Callable[[], None] = lambda: None,
 ) -> None:
     """Run jobs on several threads.
 
@@ -153,11 +165,12 @@ def run_jobs(
         threads: How many threads work.
         memory: Bytes that may be held between the passes of all tensors that are under way.
         progress: Told the bytes of every finished chunk; called under a lock.
+        abort: Called when the run fails or is stopped; wakes whoever waits outside the scheduler.
 
     Raises:
         Interrupted: The user pressed Ctrl-C; the pieces under way have ended.
     """
-    scheduler = _Scheduler(jobs, memory, progress)
+    scheduler = _Scheduler(jobs, memory, progress, abort)
     workers = [
         threading.Thread(target=scheduler.work, name=f"pack-{i}", daemon=True)
         for i in range(threads)

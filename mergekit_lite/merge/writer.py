@@ -236,6 +236,11 @@ class ArtifactWriter:
         found += [OutputFile(n, len(c), hashlib.sha256(c).hexdigest()) for n, c in files.items()]
         return sorted(found, key=lambda f: f.path)
 
+    def abort(self) -> None:
+        """Wake every thread that waits to write; called when the run ends early."""
+        for held in list(self._open.values()):
+            held.file.abort()
+
     def close(self) -> None:
         """Close all files; what is unfinished stays for the next run."""
         for held in self._open.values():

@@ -12,8 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mergekit_lite.checkpoint.protocol import Rows, TensorReader, TensorSpec
+from mergekit_lite.dtypes import DTYPES, Array
+from mergekit_lite.errors import PackError
 from mergekit_lite.merge import segments
 from mergekit_lite.merge.segments import SegmentedFile
+from mergekit_lite.merge.stream import Job, run_jobs
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 100_000, 65536 * 7, 65536 * 40 + 13])
@@ -89,4 +93,59 @@ def test_closing_an_unfinished_file(tmp_path: Path) -> None:
     file = SegmentedFile(tmp_path / "f", 10**9)
     file.write(0, np.zeros(100, np.uint8))
     file.close()
+    file.close()
+
+
+class _Waits(Job):
+    """The first job: fails once the other thread waits for it to write."""
+
+    def __init__(self, reader: TensorReader, file: SegmentedFile, go: threading.Event) -> None:
+        super().__init__(reader)
+        self._file = file
+        self._go = go
+
+    def finish(self, rows: Rows) -> None:
+        assert self._go.wait(60)
+        raise PackError("broken")
+
+    def done(self) -> None:
+        raise AssertionError
+
+
+class _RunsAhead(_Waits):
+    """The second job: writes far ahead of what the first one owes."""
+
+    def finish(self, rows: Rows) -> None:
+        self._go.set()
+        self._file.write(4096, np.zeros(30 * 4096, np.uint8))
+
+
+class _One(TensorReader):
+    spec = TensorSpec((1,), DTYPES["F32"])
+
+    def read(self, rows: Rows, out: Array) -> None:
+        raise AssertionError
+
+
+def test_an_error_frees_a_thread_that_ran_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "SEGMENT", 4096)
+    monkeypatch.setattr(segments, "WINDOW", 2)
+    file = SegmentedFile(tmp_path / "f", 40 * 4096)
+    go = threading.Event()
+    jobs: list[Job] = [_Waits(_One(), file, go), _RunsAhead(_One(), file, go)]
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            run_jobs(iter(jobs), 2, 1, lambda _: None, file.abort)
+        except PackError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert [str(error) for error in caught] == ["broken"]
     file.close()
