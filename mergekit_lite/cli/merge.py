@@ -87,7 +87,7 @@ def command(
         names = list(result.nonfinite)
         click.secho(
             f"warning: {len(names)} tensor(s) hold NaN or infinity, first '{names[0]}' "
-            f"({result.nonfinite[names[0]]} elements); a source is probably broken",
+            f"({result.nonfinite[names[0]]} elements); a source is broken, or the type too small",
             fg="yellow", err=True,
         )  # fmt: skip
     if not quiet and not as_json:

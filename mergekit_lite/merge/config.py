@@ -11,9 +11,9 @@ from mergekit_lite.dtypes import DTYPES
 from mergekit_lite.merge.inputs import Inputs
 from mergekit_lite.merge.plan import Plan
 
-__all__ = ["index_file", "small_files", "to_json"]
+__all__ = ["COMES_ALONG", "index_file", "small_files", "to_json"]
 
-_COMES_ALONG = (
+COMES_ALONG = (
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
@@ -36,7 +36,7 @@ def small_files(plan: Plan, inputs: Inputs) -> dict[str, bytes]:
         files["config.json"] = to_json(_mended(plan, inputs))
     folder = template.checkpoint.folder
     if folder is not None:
-        for pattern in _COMES_ALONG:
+        for pattern in COMES_ALONG:
             for path in sorted(folder.glob(pattern)):
                 files[str(path.relative_to(folder))] = path.read_bytes()
         if template.checkpoint.config.get("auto_map"):

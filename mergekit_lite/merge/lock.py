@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,25 @@ import numpy as np
 import mergekit_lite
 from mergekit_lite.checkpoint.digest import sha256_of
 from mergekit_lite.checkpoint.protocol import InputFile
-from mergekit_lite.merge.config import to_json
+from mergekit_lite.merge.config import COMES_ALONG, to_json
 from mergekit_lite.merge.inputs import Inputs, Model
 from mergekit_lite.merge.plan import Plan
 from mergekit_lite.merge.writer import OutputFile
 from mergekit_lite.recipe import Recipe
+from mergekit_lite.tokenizer.vocabulary import TOKENIZER_FILES
 
 __all__ = ["LOCK_NAME", "make_lock", "resolved_recipe"]
 
 LOCK_NAME = "pack.lock"
 _VERSION = 1
-_SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_SMALL = (
+    *TOKENIZER_FILES,
+    *COMES_ALONG,
+    "config.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "chat_template.json",
+)
 
 
 def make_lock(
@@ -80,10 +89,10 @@ def _environment() -> dict[str, str]:
 def _input(model: Model, weights: Sequence[InputFile]) -> dict[str, Any]:
     files = list(weights)
     folder = model.checkpoint.folder
-    for name in _SMALL:
-        if folder is not None and (folder / name).is_file():
-            path = folder / name
-            files.append(InputFile(name, path.stat().st_size, sha256_of(path)))
+    for pattern in _SMALL:
+        if folder is None:
+            break
+        files += [_hashed(folder, path) for path in sorted(folder.glob(pattern)) if path.is_file()]
     return {
         "model": model.name,
         "revision": model.source.revision,
@@ -92,6 +101,10 @@ def _input(model: Model, weights: Sequence[InputFile]) -> dict[str, Any]:
             for f in sorted(files, key=lambda f: f.path)
         ],
     }
+
+
+def _hashed(folder: Path, path: Path) -> InputFile:
+    return InputFile(str(path.relative_to(folder)), path.stat().st_size, sha256_of(path))
 
 
 def resolved_recipe(recipe: Recipe, symmetric: bool) -> dict[str, Any]:

@@ -143,6 +143,8 @@ class _WriteJob(Job):
         if in_kernel(spec.dtype):
             work = np.float64 if spec.dtype.name == "F64" else np.float32
             self.nonfinite += count_nonfinite(out, np.empty((1, TILE), work))
+        elif spec.dtype.name == "F16":
+            self.nonfinite += int(np.count_nonzero(~np.isfinite(out)))
         self._writer.write(self._name, rows.start * self._row_bytes, out)
         _POOL.give(held)
 

@@ -263,6 +263,21 @@ def refuse_existing(final: Path, force: bool) -> None:
         raise PackError(
             f"{final}: already exists", "Replace it with --force, or choose another: -o DIR"
         )
+    if final.is_dir() and any(final.iterdir()) and (foreign := _foreign(final)):
+        raise PackError(
+            f"{final}: holds '{foreign}', which pack did not write there; --force would delete it",
+            "Move it away, or choose another folder: -o DIR",
+        )
+
+
+def _foreign(folder: Path) -> str | None:
+    """A file of a result's folder that its lock does not list."""
+    listed = {"pack.lock"}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        lock = json.loads((folder / "pack.lock").read_text("utf-8"))
+        listed |= {entry["path"] for entry in lock["outputs"]}
+    found = (str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if not p.is_dir())
+    return next((name for name in found if name not in listed), None)
 
 
 def refuse_inputs(final: Path, inputs: Iterable[Path]) -> None:

@@ -108,9 +108,13 @@ def test_nothing_is_overwritten_without_force(pack: Callable, tmp_path: Path) ->
     assert "already exists" in ran.err
     assert "--force" in ran.err
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
-    assert pack("merge", recipe, "-o", out, "--force").code == 0
-    assert (out / "model.safetensors").is_file()
-    assert not (out / "mine.txt").exists()
+    ran = pack("merge", recipe, "-o", out, "--force")
+    assert ran.code == 1
+    assert "holds 'mine.txt', which pack did not write" in ran.err
+    assert (out / "mine.txt").read_text() == "precious"
+    assert pack("merge", recipe, "-o", tmp_path / "two").code == 0
+    assert pack("merge", recipe, "-o", tmp_path / "two").code == 1
+    assert pack("merge", recipe, "-o", tmp_path / "two", "--force").code == 0
 
 
 def test_plan_reads_no_weight(pack: Callable, tmp_path: Path) -> None:
