@@ -36,7 +36,7 @@ lint: $(STAMP) ## Check style and types
 	@$(BIN)/mypy
 	@echo "== style and types are clean"
 
-bench: $(STAMP) ## Measure against peers (about 20 minutes, 12 GB of disk)
+bench: $(STAMP) ## Measure against peers (about 20 minutes, 13 GB of disk)
 	@$(BIN)/python -m benchmarks.merge
 
 clean: ## Remove what the targets above made

@@ -40,7 +40,7 @@ def read_into(fd: int, offset: int, out: memoryview, source: str) -> None:
 
 
 class FileDigest:
-    """The SHA-256 of one open file whose bytes are read or written in pieces, by any thread."""
+    """The SHA-256 of one open file whose bytes are read in pieces, by any thread."""
 
     def __init__(self, fd: int, size: int, source: str) -> None:
         self._fd = fd
@@ -54,7 +54,7 @@ class FileDigest:
         self._busy_until = 0
 
     def feed(self, offset: int, data: memoryview) -> None:
-        """Take note of bytes that have just been read from, or written to, ``offset``."""
+        """Take note of bytes that have just been read from ``offset``."""
         end = offset + len(data)
         with self._lock:
             # The piece before this one is being hashed just now: that is worth the wait.

@@ -2,8 +2,8 @@
 
 A digest is kept under the file's device, inode, size and times of change, as git keeps its index.
 The time of the last status change cannot be set by a program, so a file that was written to is
-hashed again. A file that changed less than two seconds before it was opened is not remembered: it
-could change once more without its times telling.
+hashed again. A file that changed less than two seconds before its digest is noted is not
+remembered: it could change once more without its times telling.
 """
 
 from __future__ import annotations
