@@ -178,7 +178,11 @@ def _weights(folder: Path, files: Sequence[str]) -> list[str]:
     if safetensors:
         return safetensors
     named = [path.name for path in pytorch_files(folder)]
-    return named or [n for n in files if fnmatchcase(n, "pytorch_model*.bin") and "/" not in n]
+    return named or [
+        n
+        for n in files
+        if (fnmatchcase(n, "pytorch_model*.bin") or n == "adapter_model.bin") and "/" not in n
+    ]
 
 
 def _exactly(names: Iterable[str]) -> list[str]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from mergekit_lite.checkpoint.hub import parse_reference, snapshot
 from mergekit_lite.checkpoint.protocol import Checkpoint
 from mergekit_lite.checkpoint.pytorch import PytorchCheckpoint, pytorch_files
-from mergekit_lite.checkpoint.safetensors import INDEX_NAME, SafetensorsCheckpoint
+from mergekit_lite.checkpoint.safetensors import INDEX_NAME, SafetensorsCheckpoint, load_json
 from mergekit_lite.errors import PackError, nearest
 
-__all__ = ["Source", "find_local", "open_checkpoint"]
+__all__ = ["Source", "find_local", "not_found", "open_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,21 @@ class Source:
         revision: Commit on the Hub; None for what lies on this disk.
         path: The folder or file on this disk.
         checkpoint: Its tensors.
+        parts: What it is made of (a base and adapters); empty where it is one thing.
+        notes: What the user should know of it.
     """
 
     reference: str
     revision: str | None
     path: Path
     checkpoint: Checkpoint
+    parts: tuple[Source, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Its parts, or itself."""
+        return self.parts or (self,)
 
 
 def find_local(reference: str, home: Path) -> Path | None:
@@ -53,21 +62,17 @@ def open_checkpoint(reference: str, home: Path) -> Source:
     local = find_local(reference, home)
     if local is not None:
         return Source(reference, None, local, _open_path(local, reference))
-    if "+" in reference and find_local(reference.partition("+")[0], home) is not None:
-        raise PackError(
-            f"{reference}: adapters on a base are not merged yet",
-            "Merge the adapter into its base with PEFT first, and give that folder.",
-        )
     hub = parse_reference(reference)
     if hub is None or reference.startswith((".", "/", "~")):
         raise PackError(
-            _not_found(reference, home), "Check the path; it starts from the recipe's folder."
+            not_found(reference, home), "Check the path; it starts from the recipe's folder."
         )
     folder, commit = snapshot(hub)
     return Source(reference, commit, folder, _open_path(folder, reference))
 
 
-def _not_found(reference: str, home: Path) -> str:
+def not_found(reference: str, home: Path) -> str:
+    """Say that nothing is there, and what is there of a similar name."""
     parent = (home / reference).parent
     siblings = [p.name for p in parent.iterdir()] if parent.is_dir() else []
     return f"{reference}: no such file or folder{nearest(Path(reference).name, siblings)}"
@@ -77,9 +82,10 @@ def _open_path(path: Path, label: str) -> Checkpoint:
     if path.is_dir():
         if (path / INDEX_NAME).is_file() or any(path.glob("*.safetensors")):
             if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+                wanted = load_json(path / "adapter_config.json").get("base_model_name_or_path")
                 raise PackError(
                     f"{label}: is an adapter, not a whole model",
-                    "Merge it into its base first (PEFT).",
+                    f"Write it after its base: {wanted or 'BASE'}+{label}",
                 )
             return SafetensorsCheckpoint(path, label)
         files = pytorch_files(path)

@@ -152,6 +152,13 @@ class Checkpoint(ABC):
             KeyError: There is no tensor of that name.
         """
 
+    def kept_dtype(self, name: str) -> DType:
+        """Type that a result keeps for a tensor if nobody asks for another.
+
+        That of `spec`, but for tensors that are computed more finely than they are stored.
+        """
+        return self.spec(name).dtype
+
     @abstractmethod
     def open(self, name: str) -> TensorReader:
         """Open a tensor for reading by rows."""

@@ -230,7 +230,7 @@ class MergeReader(TensorReader):
         buffer = self._pool.take(size) if keep else self._reused(size)
         block = buffer.view(self._gathered)[: shape[0] * count].reshape(shape)
         for i, reader in enumerate(self._readers):
-            if self._native:
+            if reader.spec.dtype.storage == self._gathered and in_kernel(reader.spec.dtype):
                 reader.read(rows, block[i])
             else:
                 stored = np.empty(count, reader.spec.dtype.storage)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from mergekit_lite.adapters.locate import open_model
 from mergekit_lite.checkpoint.layers import LayerMap, map_layers
-from mergekit_lite.checkpoint.locate import Source, open_checkpoint
+from mergekit_lite.checkpoint.locate import Source
 from mergekit_lite.checkpoint.protocol import Checkpoint, TensorSpec
 from mergekit_lite.errors import PackError
 from mergekit_lite.recipe import Recipe
@@ -84,6 +85,17 @@ class Inputs(Mapping[str, Model]):
     def __len__(self) -> int:
         return len(self._models)
 
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """Everything that was opened, by reference: models, bases and adapters, each once."""
+        every = (part for model in self._models.values() for part in model.source.sources)
+        return {source.reference: source for source in every}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the models."""
+        return [note for model in self._models.values() for note in model.source.notes]
+
     def close(self) -> None:
         """Close all files."""
         for model in self._models.values():
@@ -104,16 +116,17 @@ def open_inputs(recipe: Recipe, home: Path) -> Inputs:
     names += [source.model for part in recipe.slices or [] for source in part.sources]
     template = recipe.base_model or (names[0] if recipe.slices else min(names))
     models: dict[str, Model] = {}
+    opened: dict[str, Source] = {}
     try:
         for name in sorted({*names, template}):
-            source = open_checkpoint(name, home)
+            source = open_model(name, home, opened)
             models[name] = Model(
                 name, source, map_layers(source.checkpoint.names(), source.checkpoint.config)
             )
             _refuse_quantized(models[name])
     except BaseException:
-        for model in models.values():
-            model.checkpoint.close()
+        for source in opened.values():
+            source.checkpoint.close()
         raise
     return Inputs(models, template)
 

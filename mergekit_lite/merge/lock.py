@@ -15,9 +15,10 @@ import numpy as np
 
 import mergekit_lite
 from mergekit_lite.checkpoint.digest import sha256_of
+from mergekit_lite.checkpoint.locate import Source
 from mergekit_lite.checkpoint.protocol import InputFile
 from mergekit_lite.merge.config import COMES_ALONG, to_json
-from mergekit_lite.merge.inputs import Inputs, Model
+from mergekit_lite.merge.inputs import Inputs
 from mergekit_lite.merge.plan import Plan
 from mergekit_lite.merge.writer import OutputFile
 from mergekit_lite.recipe import Recipe
@@ -31,6 +32,7 @@ _SMALL = (
     *TOKENIZER_FILES,
     *COMES_ALONG,
     "config.json",
+    "adapter_config.json",
     "*.jinja",
     "additional_chat_templates/*.jinja",
     "chat_template.json",
@@ -49,7 +51,7 @@ def make_lock(
     Args:
         plan: What was computed.
         inputs: The models.
-        weights: Hashed weight files by model.
+        weights: Hashed weight files by reference of a source.
         outputs: Every file of the result but the lock.
         nonfinite: Number of NaN and infinite elements, by tensor that has some.
     """
@@ -65,7 +67,7 @@ def make_lock(
             "seed": plan.recipe.seed,
             "notes": plan.notes.lines,
             "nonfinite": dict(nonfinite),
-            "inputs": [_input(model, weights[name]) for name, model in sorted(inputs.items())],
+            "inputs": [_input(s, weights[name]) for name, s in sorted(inputs.sources.items())],
             "outputs": [
                 {"path": o.path, "bytes": o.size, "sha256": o.sha256}
                 for o in sorted(outputs, key=lambda o: o.path)
@@ -86,16 +88,16 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _input(model: Model, weights: Sequence[InputFile]) -> dict[str, Any]:
+def _input(source: Source, weights: Sequence[InputFile]) -> dict[str, Any]:
     files = list(weights)
-    folder = model.checkpoint.folder
+    folder = source.checkpoint.folder
     for pattern in _SMALL:
         if folder is None:
             break
         files += [_hashed(folder, path) for path in sorted(folder.glob(pattern)) if path.is_file()]
     return {
-        "model": model.name,
-        "revision": model.source.revision,
+        "model": source.reference,
+        "revision": source.revision,
         "files": [
             {"path": f.path, "bytes": f.size, "sha256": f.sha256}
             for f in sorted(files, key=lambda f: f.path)

@@ -184,6 +184,7 @@ def _plan_tensor(
     specs = [i.model.checkpoint.spec(i.tensor) for i in every]
     lead = _lead(every, inputs)
     spec = lead.model.checkpoint.spec(lead.tensor)
+    kept = lead.model.checkpoint.kept_dtype(lead.tensor)
     if not all(s.dtype.is_float for s in specs):
         return PlannedTensor(
             assignment.name, spec, "copy", ((lead.model.name, lead.tensor),), None, {}
@@ -201,7 +202,7 @@ def _plan_tensor(
         raise PackError(f"'{assignment.name}': {error.message}", error.hint) from None
     return PlannedTensor(
         name=assignment.name,
-        spec=TensorSpec(spec.shape, saved or spec.dtype),
+        spec=TensorSpec(spec.shape, saved or kept),
         method=method.name,
         models=tuple((i.model.name, i.tensor) for i in assignment.models),
         base=(assignment.base.model.name, assignment.base.tensor) if assignment.base else None,

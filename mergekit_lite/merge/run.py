@@ -78,7 +78,7 @@ class Prepared:
     @property
     def notes(self) -> list[str]:
         """Decisions that the user should know of."""
-        return [*self.plan.notes.lines, *self.tokenizer.notes]
+        return [*self.inputs.notes, *self.plan.notes.lines, *self.tokenizer.notes]
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def run_merge(
     plan, inputs = prepared.plan, prepared.inputs
     try:
         refuse_existing(folder, options.force)
-        refuse_inputs(folder, (m.source.path for m in inputs.values()))
+        refuse_inputs(folder, (source.path for source in inputs.sources.values()))
         writer = ArtifactWriter(folder, plan.shards, plan.fingerprint(inputs), options.force)
         try:
             return _run(prepared, writer, options, progress, began)
@@ -256,7 +256,7 @@ def _observing(merged: MergeCheckpoint, index: int) -> Iterator[Job]:
 def _finish_inputs(inputs: Inputs, progress: Progress) -> dict[str, list[InputFile]]:
     """Hash what has not been read, and check that no input changed."""
     progress.begin("Check inputs", 0)
-    return {name: model.checkpoint.input_files() for name, model in inputs.items()}
+    return {name: s.checkpoint.input_files() for name, s in inputs.sources.items()}
 
 
 def _publish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic_core import ErrorDetails
 from mergekit_lite.dtypes import DTYPES, by_config_name
 from mergekit_lite.errors import Mistake, PackError, RecipeError, nearest
 from mergekit_lite.recipe.parameters import IGNORED, Setting, parse_setting
-from mergekit_lite.recipe.schema import MethodSchema, Recipe
+from mergekit_lite.recipe.schema import AdaptedModel, MethodSchema, Recipe
 from mergekit_lite.recipe.yaml import Document, Place, load_document, read_text
 
 __all__ = ["parse_recipe", "read_recipe"]
@@ -25,8 +26,7 @@ _LATER = {
     "modules": "merging by modules is not supported; merge each part with a recipe of its own",
     "tokens": "choosing embeddings token by token is not supported yet",
     "pad_to_multiple_of": "padding the vocabulary is not supported yet",
-    "lora": "adapters are not merged yet; merge them into their base with PEFT first",
-    "adapters": "adapters are not merged yet; merge them into their base with PEFT first",
+    "lora": "write the adapter into 'model' (base+adapter), or list it under 'adapters'",
 }
 
 
@@ -57,10 +57,10 @@ def parse_recipe(
     document = load_document(text, source)
     if not isinstance(document.data, dict):
         raise RecipeError(source, [document.mistake((), "a recipe is a mapping of keys to values")])
-    data = dict(document.data)
+    mistakes: list[Mistake] = []
+    data = _in_one_line(document, mistakes)
     data["merge_method"] = _method(document, methods, aliases, method)
     data.setdefault("name", name)
-    mistakes: list[Mistake] = []
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(data)
@@ -76,6 +76,37 @@ def parse_recipe(
         raise RecipeError(source, mistakes)
     _attach(recipe, settings)
     return recipe
+
+
+def _in_one_line(document: Document, mistakes: list[Mistake]) -> dict[str, Any]:
+    """The recipe with every mapping of a base and adapters as base+adapter."""
+    data: dict[str, Any] = copy.deepcopy(document.data)
+    places: list[tuple[Place, dict[str, Any], str]] = [((), data, "base_model")]
+    places += [(at, entry, "model") for at, entry, of_model in _sections(data) if of_model]
+    for at, entry, key in places:
+        value, place = entry.get(key), (*at, key)
+        if isinstance(value, dict):
+            entry[key] = _adapted(document, mistakes, place, value) or "?"
+        elif key == "model" and isinstance(value, str) and entry.get("adapters") is not None:
+            both = {"model": value, "adapters": entry.pop("adapters")}
+            entry[key] = _adapted(document, mistakes, at, both) or value
+    return data
+
+
+def _adapted(
+    document: Document, mistakes: list[Mistake], place: Place, value: dict[str, Any]
+) -> str | None:
+    adapters = value.get("adapters")
+    if isinstance(adapters, list):
+        spelled = [{"path": a} if isinstance(a, str) else a for a in adapters]
+        value = {**value, "adapters": spelled}
+    try:
+        return AdaptedModel.model_validate(value).reference
+    except ValidationError as error:
+        for detail in error.errors():
+            detail["loc"] = (*place, *detail["loc"])
+            mistakes.append(_translate(document, detail))
+    return None
 
 
 def _method(document: Document, methods: Methods, aliases: Aliases, wanted: str | None) -> str:
@@ -153,7 +184,9 @@ def _known_keys(place: Place) -> list[str]:
     """The keys of the section that a path leads into."""
     section: Any = Recipe
     for part in place[:-1]:
-        if part in ("models", "slices", "sources", "tokenizer"):
+        if part in ("model", "base_model"):
+            section = AdaptedModel
+        elif part in ("models", "slices", "sources", "tokenizer", "adapters"):
             annotation = section.model_fields[part].annotation
             section = next(c for c in _classes(annotation))
     return list(section.model_fields)

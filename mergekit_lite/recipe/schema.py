@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from mergekit_lite.recipe.parameters import Parameter, Setting
+from mergekit_lite.recipe.reference import AdapterReference, format_reference
 
-__all__ = ["MethodSchema", "ModelEntry", "Recipe", "Slice", "SliceSource", "TokenizerSection"]
+__all__ = [
+    "AdaptedModel",
+    "AdapterEntry",
+    "MethodSchema",
+    "ModelEntry",
+    "Recipe",
+    "Slice",
+    "SliceSource",
+    "TokenizerSection",
+]
 
 Parameters = Annotated[
     dict[str, Any],
     Field(
         description="Parameters of the merge method: a number, a gradient, or a list of filters."
-    ),
-]
-ModelName = Annotated[
-    str,
-    Field(
-        min_length=1, description="A folder, a .safetensors file, or a Hub id org/name[@revision]."
     ),
 ]
 
@@ -50,10 +54,72 @@ class _Section(BaseModel):
         return settings
 
 
+_MODEL = "A folder, a .safetensors file, or a Hub id org/name[@revision]"
+
+
+class AdapterEntry(_Section):
+    """One adapter on a base."""
+
+    path: Annotated[str, Field(min_length=1, description="A folder that PEFT saved, or a Hub id.")]
+    weight: Annotated[float, Field(allow_inf_nan=False, description="Negative to subtract it.")] = (
+        1.0
+    )
+    any_base: Annotated[
+        bool, Field(description="Put it on this base, whatever base its config names.")
+    ] = False
+
+
+Adapters = Annotated[
+    list[AdapterEntry],
+    Field(min_length=1, description="What is put on the base, each with its weight."),
+    WithJsonSchema(
+        {
+            "description": "What is put on the base, each with its weight.",
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "anyOf": [{"type": "string", "minLength": 1}, AdapterEntry.model_json_schema()]
+            },
+        }
+    ),
+]
+
+
+class AdaptedModel(_Section):
+    """A base with adapters on it; the same as writing base+weight*adapter."""
+
+    model: Annotated[str, Field(min_length=1, description=_MODEL)]
+    adapters: Adapters
+
+    @property
+    def reference(self) -> str:
+        """The same in one line."""
+        return format_reference(
+            self.model,
+            [AdapterReference(a.path, float(a.weight), a.any_base) for a in self.adapters],
+        )
+
+
+ModelName = Annotated[
+    str,
+    Field(min_length=1, description=f"{_MODEL}; base+adapter for a base with adapters on it."),
+    WithJsonSchema(
+        {
+            "description": f"{_MODEL}; base+adapter, or a mapping, for a base with adapters on it.",
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                AdaptedModel.model_json_schema(),
+            ],
+        }
+    ),
+]
+
+
 class ModelEntry(_Section):
     """One model of a merge."""
 
     model: ModelName
+    adapters: Adapters | None = None
     parameters: Parameters | None = None
 
 
@@ -61,6 +127,7 @@ class SliceSource(_Section):
     """Some layers of one model."""
 
     model: ModelName
+    adapters: Adapters | None = None
     layer_range: Annotated[
         list[Annotated[int, Field(ge=0, le=100_000)]],
         Field(min_length=2, max_length=2, description="First layer, and one past the last."),

@@ -1,0 +1,298 @@
+"""A base with adapters on it, as a checkpoint: ask it for rows, and the adapters are in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mergekit_lite.adapters.config import AdapterConfig
+from mergekit_lite.adapters.edits import Computed, Edit, LowRank
+from mergekit_lite.adapters.plan import AdapterPlan, bind
+from mergekit_lite.adapters.tensors import AdapterTensors
+from mergekit_lite.checkpoint.protocol import Checkpoint, InputFile, Rows, TensorReader, TensorSpec
+from mergekit_lite.dtypes import DTYPES, Array, DType
+from mergekit_lite.errors import PackError
+from mergekit_lite.kernels.cast import decode
+
+__all__ = ["AdaptedCheckpoint", "AdaptedReader", "Adapter", "LoraAdapter", "PeftAdapter"]
+
+
+class Adapter(Protocol):
+    """An adapter that was planned for a base."""
+
+    @property
+    def config(self) -> AdapterConfig:
+        """What it says of itself."""
+
+    @property
+    def tensors(self) -> Checkpoint:
+        """Its tensors."""
+
+    @property
+    def plan(self) -> AdapterPlan:
+        """What it changes; of an adapter that PEFT computes, edits are empty."""
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """Names of the tensors that it changes."""
+
+    def edits(self, name: str, origin: str, work: np.dtype[Any]) -> list[Edit]:
+        """What it does to a tensor that begins as the base's tensor ``origin``."""
+
+
+class LoraAdapter:
+    """LoRA and its kin, on the streamed path."""
+
+    def __init__(
+        self, config: AdapterConfig, tensors: Checkpoint, base: Checkpoint, plan: AdapterPlan
+    ) -> None:
+        self.config = config
+        self.tensors = tensors
+        self.plan = plan
+        self.targets = frozenset(plan.edits)
+        self._base = base
+        self._decoded = AdapterTensors(tensors)
+
+    def edits(self, name: str, origin: str, work: np.dtype[Any]) -> list[Edit]:
+        """Bind what was planned for a tensor."""
+        planned = self.plan.edits.get(name, ())
+        return [bind(edit, self._decoded, self._base, origin, work) for edit in planned]
+
+
+class PeftAdapter:
+    """An adapter of another type, whose merged weights PEFT's own layers compute."""
+
+    def __init__(self, config: AdapterConfig, tensors: Checkpoint, base: Checkpoint) -> None:
+        from mergekit_lite.adapters.foreign import ForeignAdapter
+
+        self.config = config
+        self.tensors = tensors
+        self.plan = AdapterPlan({}, {}, {})
+        self._base = base
+        self._foreign = ForeignAdapter(config.label, config.data, tensors, base)
+        self.targets = frozenset(self._foreign.targets)
+
+    def edits(self, name: str, origin: str, work: np.dtype[Any]) -> list[Edit]:
+        """Have the whole tensor computed when its first rows are read."""
+        compute = lambda: self._foreign.merged(name).astype(work, copy=False)  # noqa: E731
+        return [Computed(compute, self._base.spec(origin))]
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    adapter: Adapter
+    weight: float
+
+
+class AdaptedCheckpoint(Checkpoint):
+    """``base + Σ weightᵢ · (adapterᵢ(base) - base)``.
+
+    What adapters change is computed in float32 (float64 for a base in float64) and has that type;
+    everything else is the base's. A single adapter of weight 1 is applied as it is, so that what it
+    replaces is replaced exactly.
+
+    Raises:
+        PackError: Adapters cannot be combined.
+    """
+
+    def __init__(
+        self, label: str, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
+    ) -> None:
+        self.label = label
+        self.folder: Path | None = base.folder
+        self._base = base
+        self._adapters = [_Weighted(adapter, weight) for adapter, weight in adapters]
+        self._copied: dict[str, str] = {}
+        self._added: dict[str, Adapter] = {}
+        for adapter, weight in adapters:
+            self._copied |= adapter.plan.copied
+            for name in adapter.plan.added:
+                if name in self._added or weight != 1.0:
+                    raise PackError(
+                        f"{adapter.config.label}: carries '{name}', which the base has not, so it "
+                        "can be neither weighted nor added to another",
+                        "Use this adapter alone, with weight 1.",
+                    )
+                self._added[name] = adapter
+        self.config = self._config(base.config)
+        self._touched = frozenset().union(*(a.targets for a, _ in adapters))
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the adapters."""
+        return [note for weighted in self._adapters for note in weighted.adapter.plan.notes]
+
+    def names(self) -> Sequence[str]:
+        """Names of all tensors, sorted."""
+        return sorted({*self._base.names(), *self._copied, *self._added})
+
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype of a tensor: float32 or float64 for those that are computed."""
+        if name in self._added:
+            return self._added[name].plan.added[name]
+        stored = self._base.spec(self._copied.get(name, name))
+        if name not in self._touched:
+            return stored
+        return TensorSpec(stored.shape, DTYPES["F64" if stored.dtype.name == "F64" else "F32"])
+
+    def kept_dtype(self, name: str) -> DType:
+        """The base's, or that of an adapter that brings the tensor."""
+        if name in self._added:
+            return self._added[name].plan.added[name].dtype
+        return self._base.kept_dtype(self._copied.get(name, name))
+
+    def open(self, name: str) -> TensorReader:
+        """Open a tensor; factors are read when its first rows are."""
+        if name in self._added:
+            return self._added[name].tensors.open(self._carried(name))
+        origin = self._copied.get(name, name)
+        if name not in self._touched:
+            return self._base.open(origin)
+        spec = self.spec(name)
+        work = np.dtype(spec.dtype.storage)
+        chains = [
+            _Chain(weighted.adapter.edits(name, origin, work), weighted.weight)
+            for weighted in self._adapters
+            if name in weighted.adapter.targets
+        ]
+        return AdaptedReader(spec, self._base.open(origin), chains)
+
+    def _carried(self, name: str) -> str:
+        """The adapter's own name for a tensor that the base has not."""
+        [edit] = self._added[name].plan.edits[name]
+        carried: str = edit.name  # type: ignore[union-attr]
+        return carried
+
+    def prefetch(self, name: str) -> None:
+        """Ask for the base's bytes; factors are small."""
+        if name not in self._added:
+            self._base.prefetch(self._copied.get(name, name))
+
+    def fingerprint(self) -> str:
+        """Those of the base and of the adapters."""
+        return "\n".join(
+            [
+                self._base.fingerprint(),
+                *(
+                    f"{w.weight!r} {json.dumps(w.adapter.config.data, sort_keys=True)} "
+                    f"{w.adapter.tensors.fingerprint()}"
+                    for w in self._adapters
+                ),
+            ]
+        )
+
+    def input_files(self) -> list[InputFile]:
+        """The files of the base; those of the adapters are their own."""
+        return self._base.input_files()
+
+    def close(self) -> None:
+        """Close base and adapters."""
+        self._base.close()
+        for weighted in self._adapters:
+            weighted.adapter.tensors.close()
+
+    def _config(self, config: Mapping[str, object]) -> dict[str, object]:
+        new: dict[str, object] = json.loads(json.dumps(config))
+        if self._copied:
+            new["tie_word_embeddings"] = False
+        return new
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """What one adapter does to one tensor."""
+
+    edits: Sequence[Edit]
+    weight: float
+
+    @property
+    def sum_only(self) -> LowRank | None:
+        """The one edit, where it adds the same whatever it is added to."""
+        edit = self.edits[0]
+        alone = len(self.edits) == 1 and isinstance(edit, LowRank) and edit.linear
+        return edit if alone and isinstance(edit, LowRank) else None
+
+    def apply(self, rows: Rows, values: Array) -> None:
+        for edit in self.edits:
+            edit.apply(rows, values)
+
+
+class AdaptedReader(TensorReader):
+    """One tensor of the base, with what the adapters do to it."""
+
+    def __init__(self, spec: TensorSpec, base: TensorReader, chains: Sequence[_Chain]) -> None:
+        self.spec = spec
+        self._base = base
+        self._chains = chains
+        self._own = max(edit.passes for chain in chains for edit in chain.edits)
+
+    @property
+    def passes(self) -> int:  # type: ignore[override]
+        """Those of the base, then one if lengths of columns are needed."""
+        return self._base.passes + self._own
+
+    def observe(self, index: int, rows: Rows) -> None:
+        """Let the base, then the edits, see one chunk."""
+        if index < self._base.passes:
+            self._base.observe(index, rows)
+            return
+        for chain in self._chains:
+            values = self._read_base(rows, np.empty(self._size(rows), self.spec.dtype.storage))
+            for edit in chain.edits:
+                if edit.passes:
+                    edit.observe(rows, values)
+                    break
+                edit.apply(rows, values)
+
+    def settle(self, index: int) -> None:
+        """Finish a pass."""
+        if index < self._base.passes:
+            self._base.settle(index)
+            return
+        for chain in self._chains:
+            for edit in chain.edits:
+                edit.settle()
+
+    def read(self, rows: Rows, out: Array) -> None:
+        """Write adapted rows."""
+        values = self._read_base(rows, out)
+        if len(self._chains) == 1 and self._chains[0].weight == 1.0:
+            self._chains[0].apply(rows, values)
+            return
+        base = None if all(chain.sum_only for chain in self._chains) else values.copy()
+        for chain in self._chains:
+            lora = chain.sum_only
+            if lora is not None:
+                lora.add(rows, values, chain.weight)
+            elif base is not None:
+                changed = base.copy()
+                chain.apply(rows, changed)
+                changed -= base
+                changed *= changed.dtype.type(chain.weight)
+                values += changed
+
+    def close(self) -> None:
+        """Let go of factors, and close the base."""
+        for chain in self._chains:
+            for edit in chain.edits:
+                edit.close()
+        self._base.close()
+
+    def _size(self, rows: Rows) -> int:
+        return rows.size * self.spec.columns
+
+    def _read_base(self, rows: Rows, out: Array) -> Array:
+        """Read and decode rows of the base into a flat array; returns it as a matrix."""
+        stored = self._base.spec.dtype
+        if stored == self.spec.dtype:
+            self._base.read(rows, out)
+        else:
+            raw = np.empty(out.size, stored.storage)
+            self._base.read(rows, raw)
+            decode(raw, stored, out)
+        return out.reshape(rows.size, self.spec.columns)
