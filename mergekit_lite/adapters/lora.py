@@ -109,15 +109,18 @@ class _Planner:
         self._added: dict[str, TensorSpec] = {}
         self._notes: list[str] = []
         self._leftovers: list[str] = []
+        self._tied: frozenset[str] = frozenset()
 
     def plan(self) -> AdapterPlan:
         modules, whole, rows = self._sort()
         self._separate_tied([*(m.path for m in modules), *whole, *rows])
         for parameter, name in whole.items():
-            self._set_whole(parameter, name)
+            if parameter.removesuffix(".weight") not in self._tied:
+                self._set_whole(parameter, name)
         stored = self._orientation(modules)
         for module in modules:
-            self._add_module(module, stored)
+            if module.path not in self._tied:
+                self._add_module(module, stored)
         for path, name in rows.items():
             self._set_rows(path, name)
         if self._leftovers:
@@ -158,7 +161,7 @@ class _Planner:
         As when the adapter runs beside its base: what changes the one embedding leaves the other
         alone, unless the adapter says that it holds for both.
         """
-        if self._base.config.get("tie_word_embeddings") is not True or self._settings.ties:
+        if self._base.config.get("tie_word_embeddings") is not True:
             return
         paths = {path.removesuffix(".weight") for path in touched}
         inputs = [name for name in self._names if is_input_side(name) and self._is_table(name)]
@@ -171,6 +174,9 @@ class _Planner:
         only_rows = all(self._settings.tokens_of(path) is not None for path in paths & {
             n.removesuffix(".weight") for n in touched_inputs
         })  # fmt: skip
+        if self._settings.ties:
+            self._tied = frozenset(outputs)
+            return
         if touched_inputs and not outputs and not only_rows:
             output = self._output_embedding()
             outputs = [output] if output else []
@@ -316,18 +322,21 @@ class _Planner:
         keys = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         scale = self._settings.scale_of(module.path)
         factors = Factors(module.parts[keys[0]], module.parts[keys[1]], scale, transposed)
-        self._edit_residual(tensor, rank, transposed and not embedding)
+        if not embedding:
+            self._edit_residual(tensor, rank, scale, transposed)
         magnitude = self._magnitude(module, b[0])
         self._edit(tensor, LowRankAdded(factors, magnitude, "columns" if transposed else "rows"))
         if "lora_B.bias" in module.parts:
             self._add_bias(module, scale)
 
-    def _edit_residual(self, tensor: str, rank: int, transposed: bool) -> None:
+    def _edit_residual(self, tensor: str, rank: int, scale: float, transposed: bool) -> None:
         """What the initialisation took from the base, if it did so and was not converted back."""
         initial = self._settings.initial
         kinds: dict[str, Literal["pissa", "olora"]] = {"pissa": "pissa", "olora": "olora"}
+        if initial == "olora" and transposed:
+            self._fail_variant("OLoRA on a weight that is stored as (in, out)")
         if initial in kinds:
-            self._edit(tensor, Residual(kinds[initial], rank, transposed))
+            self._edit(tensor, Residual(kinds[initial], rank, scale, transposed))
 
     def _add_convolution(
         self,

@@ -57,12 +57,13 @@ class ConvAdded:
 class Residual:
     """What initialising from the base took away from it, where that can be computed again.
 
-    PiSSA (arXiv 2404.02948, equation 5) takes the ``rank`` largest singular components, OLoRA
-    (arXiv 2406.01775) the first ``rank`` columns of Q and rows of R.
+    PiSSA (arXiv 2404.02948, equation 5) takes the ``rank`` largest singular components; OLoRA
+    (arXiv 2406.01775) ``scale`` times the first ``rank`` columns of Q and rows of R.
     """
 
     kind: Literal["pissa", "olora"]
     rank: int
+    scale: float
     transposed: bool
 
 
@@ -152,7 +153,7 @@ def _residual(planned: Residual, weight: Array) -> Array:
         taken = (u[:, :rank] * s[:rank]) @ v[:rank]
     else:
         q, r = np.linalg.qr(whole)
-        taken = q[:, :rank] @ r[:rank]
+        taken = planned.scale * (q[:, :rank] @ r[:rank])
     rest: Array = whole - taken
     return np.ascontiguousarray(rest.T if planned.transposed else rest)
 

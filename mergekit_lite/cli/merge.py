@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mergekit_lite.cli.options import SIZE, human_bytes, split_method
+
+if TYPE_CHECKING:
+    from mergekit_lite.recipe import Recipe
 
 __all__ = ["command"]
 
@@ -17,6 +22,10 @@ __all__ = ["command"]
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
     help="Where the result goes.  [default: dist/NAME/merged]",
+)  # fmt: skip
+@click.option(
+    "--dtype", metavar="TYPE",
+    help="Type of the result of `pack merge adapter`.  [default: the base's]",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @click.option("--memory", type=SIZE, default="512MB", show_default=True, help="Memory for weights.")
@@ -33,6 +42,7 @@ __all__ = ["command"]
 def command(
     words: tuple[str, ...],
     output: Path | None,
+    dtype: str | None,
     force: bool,
     memory: int,
     threads: int | None,
@@ -41,13 +51,17 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Merge models as RECIPE (a YAML file) says.
+    """Merge models as RECIPE (a YAML file) says, or adapters into a base.
+
+    \b
+    pack merge [METHOD] RECIPE
+    pack merge adapter BASE+ADAPTER     (BASE+0.7*ADAPTER+-0.3*OTHER for weights)
 
     METHOD is one of: linear, slerp, ties, dare (dare_linear or dare_ties), task_arithmetic,
     passthrough; see `pack methods`. It fills in the recipe's merge_method, or must agree with it.
 
     A run that was stopped is continued by the same command.
-    """
+    """  # noqa: D301 (click reads the character)
     from mergekit_lite.checkpoint.known import KNOWN
     from mergekit_lite.cli.progress import make_progress
     from mergekit_lite.merge.run import Options, check_memory, default_threads, prepare, run_merge
@@ -56,14 +70,19 @@ def command(
     from mergekit_lite.recipe import read_recipe
 
     KNOWN.enabled = not rehash
-    method, path = split_method(words)
     check_memory(memory)
-    recipe = read_recipe(path, METHODS, ALIASES, method)
+    if words[0] == "adapter" and not Path(words[0]).is_file():
+        recipe, home = _adapter_recipe(words[1:], dtype), Path()
+    else:
+        if dtype is not None:
+            raise click.UsageError("--dtype goes with `pack merge adapter`; a recipe has 'dtype'")
+        method, path = split_method(words)
+        recipe, home = read_recipe(path, METHODS, ALIASES, method), path.parent
     folder = output or Path("dist") / str(recipe.name) / "merged"
     refuse_existing(folder, force)
     options = Options(threads or default_threads(), memory, max(1, shard_size), force)
     with make_progress(quiet or as_json) as progress:
-        prepared = prepare(recipe, path.parent, options.shard_bytes)
+        prepared = prepare(recipe, home, options.shard_bytes)
         result = run_merge(prepared, folder, options, progress)
     size = sum(o.size for o in result.outputs)
     if as_json:
@@ -96,3 +115,22 @@ def command(
             f"{prepared.plan.method.name}: {count} tensors, {human_bytes(size)} "
             f"in {result.seconds:.1f} s → {result.folder}"
         )
+
+
+def _adapter_recipe(words: tuple[str, ...], dtype: str | None) -> Recipe:
+    """The recipe that merges adapters into a base and does nothing else."""
+    from mergekit_lite.methods import ALIASES, METHODS
+    from mergekit_lite.recipe import parse_recipe
+    from mergekit_lite.recipe.reference import parse_reference
+
+    if len(words) != 1:
+        raise click.UsageError("expected one model, for example: pack merge adapter base+adapter")
+    adapters = parse_reference(words[0]).adapters
+    if not adapters:
+        raise click.UsageError(
+            f"'{words[0]}' names no adapter; write BASE+ADAPTER, for example: base+my-lora"
+        )
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(adapters[-1].name).name).strip("-._") or "merged"
+    document = {"models": [{"model": words[0]}]} | ({"dtype": dtype} if dtype else {})
+    text = json.dumps(document)
+    return parse_recipe(text, "pack merge adapter", name, METHODS, ALIASES, "passthrough")
