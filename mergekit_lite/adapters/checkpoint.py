@@ -12,6 +12,7 @@ import numpy as np
 
 from mergekit_lite.adapters.config import AdapterConfig
 from mergekit_lite.adapters.edits import Computed, Edit, LowRank
+from mergekit_lite.adapters.names import ModelNames
 from mergekit_lite.adapters.plan import AdapterPlan, bind
 from mergekit_lite.adapters.tensors import AdapterTensors
 from mergekit_lite.checkpoint.protocol import Checkpoint, InputFile, Rows, TensorReader, TensorSpec
@@ -67,14 +68,16 @@ class LoraAdapter:
 class PeftAdapter:
     """An adapter of another type, whose merged weights PEFT's own layers compute."""
 
-    def __init__(self, config: AdapterConfig, tensors: Checkpoint, base: Checkpoint) -> None:
+    def __init__(
+        self, config: AdapterConfig, tensors: Checkpoint, base: Checkpoint, names: ModelNames
+    ) -> None:
         from mergekit_lite.adapters.foreign import ForeignAdapter
 
         self.config = config
         self.tensors = tensors
         self.plan = AdapterPlan({}, {}, {})
         self._base = base
-        self._foreign = ForeignAdapter(config.label, config.data, tensors, base)
+        self._foreign = ForeignAdapter(config, tensors, base, names)
         self.targets = frozenset(self._foreign.targets)
 
     def edits(self, name: str, origin: str, work: np.dtype[Any]) -> list[Edit]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mergekit_lite.adapters.base import check_base
-from mergekit_lite.adapters.checkpoint import AdaptedCheckpoint, Adapter, LoraAdapter
+from mergekit_lite.adapters.checkpoint import AdaptedCheckpoint, Adapter, LoraAdapter, PeftAdapter
 from mergekit_lite.adapters.config import (
     CONFIG_NAME,
     AdapterConfig,
@@ -154,9 +154,7 @@ def _planned(
     if is_streamed(config):
         plan = plan_lora(config, tensors, base, names.find, names.output_embedding)
         return LoraAdapter(config, tensors, base, plan)
-    from mergekit_lite.adapters.checkpoint import PeftAdapter
-
-    return PeftAdapter(config, tensors, base)
+    return PeftAdapter(config, tensors, base, names)
 
 
 def _replicated(base: Checkpoint, configs: Sequence[AdapterConfig]) -> Checkpoint:

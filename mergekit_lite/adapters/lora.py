@@ -35,6 +35,7 @@ _PARTS = re.compile(
 )
 _WRAPPERS = (".base_layer", ".token_adapter", ".original_module")
 _TOKENS = ".token_adapter.trainable_tokens_delta"
+_TRAINING_ONLY = ".lora_velora_embed"
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ class _Planner:
                 key = _unwrapped(match["module"]), match["module"].count(".base_layer")
                 module = modules.setdefault(key, _Module(*key))
                 module.parts[match["part"].removesuffix(".weight")] = name
+            elif path.endswith(_TRAINING_ONLY):
+                continue
             elif ".lora_" in path:
                 self._leftovers.append(name)
             else:

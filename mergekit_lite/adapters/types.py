@@ -1,11 +1,52 @@
-"""Which path an adapter takes by its type."""
+"""Every type of adapter that PEFT knows, and what becomes of it."""
 
 from __future__ import annotations
 
 from mergekit_lite.adapters.config import AdapterConfig
-from mergekit_lite.errors import PackError
+from mergekit_lite.errors import PackError, nearest
 
-__all__ = ["check_mergeable", "is_streamed"]
+__all__ = [
+    "FROM_WHOLE_BASE",
+    "MERGED",
+    "REFUSED",
+    "check_mergeable",
+    "is_made_from_base",
+    "is_streamed",
+]
+
+MERGED = {
+    "LORA": "streamed",
+    **dict.fromkeys(
+        (
+            "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD",
+            "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT",
+            "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING",
+            "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+        ),
+        "by PEFT's layers",
+    ),
+}  # fmt: skip
+"""Types that become a part of the base's weights, and how."""
+
+REFUSED = {
+    "ADAPTION_PROMPT": "it adds tokens to attention, not to weights",
+    "CARTRIDGE": "it is a trained key-value cache, not a change of weights",
+    "CPT": "it is a trained prompt, not a change of weights",
+    "LILY": "its layers choose among shared factors by their input",
+    "MULTITASK_PROMPT_TUNING": "it is a trained prompt, not a change of weights",
+    "POLY": "it mixes its factors by task, while the model runs",
+    "PREFIX_TUNING": "it is a trained key-value prefix, not a change of weights",
+    "PROMPT_TUNING": "it is a trained prompt, not a change of weights",
+    "P_TUNING": "it is a trained prompt encoder, not a change of weights",
+    "SHADOW": "what it adds depends on the input",
+    "XLORA": "it mixes adapters token by token",
+}
+"""Types that cannot become a part of the base's weights, and why."""
+
+_FROM_BASE = frozenset({"DELORA", "OSF", "PSOFT", "SUPERTUNING", "TINYLORA"})
+
+FROM_WHOLE_BASE = frozenset({"FROD"})
+"""Types that compute a part of themselves from all the weights that they adapt at once."""
 
 _TO_PEFT = ("use_bdlora", "kasa_config", "monteclora_config")
 """Keys of LoRA configs that make variants whose arithmetic is left to PEFT's layers."""
@@ -23,24 +64,46 @@ _LOST = {
 }
 """Initialisations that change the base in a way that cannot be computed again from it."""
 
+_BESIDE = "Use it beside its base instead: pack adapters"
+
 
 def is_streamed(config: AdapterConfig) -> bool:
     """Whether an adapter is LoRA in a form whose arithmetic pack does itself."""
     return config.kind == "LORA" and not any(config.data.get(key) for key in _TO_PEFT)
 
 
+def is_made_from_base(config: AdapterConfig) -> bool:
+    """Whether layers compute a part of themselves from the base when they are created."""
+    return config.kind in _FROM_BASE | FROM_WHOLE_BASE or bool(config.data.get("kasa_config"))
+
+
 def check_mergeable(config: AdapterConfig) -> None:
     """Refuse what cannot become a part of the base's weights.
 
     Raises:
-        PackError: The type, or an option of it, cannot be merged.
+        PackError: The type is unknown, or it or an option of it cannot be merged.
     """
-    beside = "Use it beside its base instead: pack adapters"
+    if config.kind in REFUSED:
+        raise PackError(
+            f"{config.label}: an adapter of type {config.kind} cannot be merged; "
+            f"{REFUSED[config.kind]}",
+            _BESIDE,
+        )
+    if config.kind not in MERGED:
+        raise PackError(
+            f"{config.label}: unknown type of adapter '{config.kind}'"
+            f"{nearest(config.kind, MERGED)}",
+            "If it is of a newer PEFT: " + _BESIDE[0].lower() + _BESIDE[1:],
+        )
     if config.kind != "LORA":
         return
     for key, why in _NEVER.items():
         if config.data.get(key):
-            raise PackError(f"{config.label}: cannot be merged; {why} ('{key}')", beside)
+            raise PackError(f"{config.label}: cannot be merged; {why} ('{key}')", _BESIDE)
+    _check_initialisation(config)
+
+
+def _check_initialisation(config: AdapterConfig) -> None:
     initial = config.data.get("init_lora_weights")
     for start, name in _LOST.items():
         if isinstance(initial, str) and initial.lower().startswith(start):
