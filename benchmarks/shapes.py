@@ -138,6 +138,15 @@ def _header(shapes: dict[str, tuple[int, ...]], dtype: Dtype) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+def write_tensors(file: Path, tensors: dict[str, Array]) -> None:
+    """Write float32 tensors into one file."""
+    ordered = dict(sorted(tensors.items()))
+    with file.open("wb") as target:
+        target.write(_header({name: value.shape for name, value in ordered.items()}, "F32"))
+        for value in ordered.values():
+            target.write(value.tobytes())
+
+
 def read_header(file: Path) -> tuple[int, dict[str, Any]]:
     """Read a safetensors header.
 

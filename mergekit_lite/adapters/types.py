@@ -48,12 +48,13 @@ _FROM_BASE = frozenset({"DELORA", "OSF", "PSOFT", "SUPERTUNING", "TINYLORA"})
 FROM_WHOLE_BASE = frozenset({"FROD"})
 """Types that compute a part of themselves from all the weights that they adapt at once."""
 
-_TO_PEFT = ("use_bdlora", "kasa_config", "monteclora_config")
+_TO_PEFT = ("use_bdlora", "monteclora_config")
 """Keys of LoRA configs that make variants whose arithmetic is left to PEFT's layers."""
 
 _NEVER = {
     "alora_invocation_tokens": "aLoRA acts only after certain tokens",
     "arrow_config": "Arrow chooses among adapters token by token",
+    "kasa_config": "KaSA cuts the base's weights when it is created",
     "use_qalora": "QA-LoRA belongs to a quantized base",
 }
 _LOST = {
@@ -74,7 +75,7 @@ def is_streamed(config: AdapterConfig) -> bool:
 
 def is_made_from_base(config: AdapterConfig) -> bool:
     """Whether layers compute a part of themselves from the base when they are created."""
-    return config.kind in _FROM_BASE | FROM_WHOLE_BASE or bool(config.data.get("kasa_config"))
+    return config.kind in _FROM_BASE | FROM_WHOLE_BASE
 
 
 def check_mergeable(config: AdapterConfig) -> None:

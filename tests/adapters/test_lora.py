@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
 
 from tests.adapters.models import (
     load_base,
@@ -76,7 +76,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=2,
         ),
     }),
-    "kasa": ("llama", {}, {"r": 4, "target_modules": ["q_proj"], "kasa_config": KasaConfig()}),
     "monteclora": ("llama", {}, {
         "r": 4, "target_modules": ["q_proj"], "monteclora_config": MontecloraConfig(),
     }),
