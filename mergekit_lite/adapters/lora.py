@@ -5,12 +5,12 @@ The layout of names is that of PEFT's `save_pretrained`: ``base_model.model.<mod
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 from mergekit_lite.adapters.config import AdapterConfig, LoraSettings
+from mergekit_lite.adapters.contents import PREFIX, LoraModule, sort_tensors
 from mergekit_lite.adapters.edits import Factors
 from mergekit_lite.adapters.plan import (
     AdapterPlan,
@@ -27,15 +27,6 @@ from mergekit_lite.checkpoint.protocol import Checkpoint, TensorSpec
 from mergekit_lite.errors import PackError
 
 __all__ = ["Part", "plan_lora"]
-
-_PREFIX = "base_model.model."
-_PARTS = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A"
-    r"|lora_embedding_B|lora_magnitude_vector|lora_magnitude_vector\.weight)"
-)
-_WRAPPERS = (".base_layer", ".token_adapter", ".original_module")
-_TOKENS = ".token_adapter.trainable_tokens_delta"
-_TRAINING_ONLY = ".lora_velora_embed"
 
 
 @dataclass(frozen=True)
@@ -55,15 +46,6 @@ class Part:
 
 Find = Callable[[str], tuple[Part, ...]]
 """From a parameter's path in the model to its places in the files; empty if there is none."""
-
-
-@dataclass
-class _Module:
-    """The tensors of one adapted module, by part."""
-
-    path: str
-    depth: int
-    parts: dict[str, str] = field(default_factory=dict)
 
 
 def plan_lora(
@@ -113,7 +95,10 @@ class _Planner:
         self._tied: frozenset[str] = frozenset()
 
     def plan(self) -> AdapterPlan:
-        modules, whole, rows = self._sort()
+        contents = sort_tensors(self._tensors)
+        modules, rows = contents.modules, contents.rows
+        whole = {**contents.whole, **contents.copies}
+        self._leftovers += contents.leftovers
         self._separate_tied([*(m.path for m in modules), *whole, *rows])
         for parameter, name in whole.items():
             if parameter.removesuffix(".weight") not in self._tied:
@@ -132,31 +117,6 @@ class _Planner:
             self._added,
             tuple(self._notes),
         )
-
-    def _sort(self) -> tuple[list[_Module], dict[str, str], dict[str, str]]:
-        """Tell factors by module, whole tensors by parameter and rows by module apart."""
-        modules: dict[tuple[str, int], _Module] = {}
-        whole: dict[str, str] = {}
-        rows: dict[str, str] = {}
-        for name in self._tensors.names():
-            if not name.startswith(_PREFIX):
-                self._leftovers.append(name)
-                continue
-            path = name.removeprefix(_PREFIX)
-            match = _PARTS.fullmatch(path)
-            if path.endswith(_TOKENS):
-                rows[_unwrapped(path.removesuffix(_TOKENS))] = name
-            elif match:
-                key = _unwrapped(match["module"]), match["module"].count(".base_layer")
-                module = modules.setdefault(key, _Module(*key))
-                module.parts[match["part"].removesuffix(".weight")] = name
-            elif path.endswith(_TRAINING_ONLY):
-                continue
-            elif ".lora_" in path:
-                self._leftovers.append(name)
-            else:
-                whole[_unwrapped(path)] = name
-        return list(modules.values()), whole, rows
 
     def _separate_tied(self, touched: list[str]) -> None:
         """Give the output embedding a tensor of its own where the adapter parts it from the input.
@@ -197,7 +157,7 @@ class _Planner:
 
     def _could_be_output(self, path: str) -> bool:
         """Whether a module that the base has no tensor for is its tied output embedding."""
-        prefix = f"{_PREFIX}{path}."
+        prefix = f"{PREFIX}{path}."
         return any(
             name.startswith(prefix)
             and (
@@ -253,7 +213,7 @@ class _Planner:
             )
         self._edit(places[0].tensor, RowsSet(name, indices))
 
-    def _orientation(self, modules: list[_Module]) -> bool:
+    def _orientation(self, modules: Sequence[LoraModule]) -> bool:
         """Whether square weights are stored as (in, out): told by those that are not square."""
         votes = []
         for module in modules:
@@ -269,7 +229,7 @@ class _Planner:
                     votes.append(False)
         return any(votes) if votes else self._conv1d
 
-    def _shape(self, module: _Module, part: str) -> tuple[int, ...]:
+    def _shape(self, module: LoraModule, part: str) -> tuple[int, ...]:
         shape = self._tensors.spec(module.parts[part]).shape
         if len(shape) < 2 or 0 in shape:
             raise PackError(
@@ -278,9 +238,9 @@ class _Planner:
             )
         return shape
 
-    def _add_module(self, module: _Module, conv1d: bool) -> None:
-        embedding = "lora_embedding_A" in module.parts or "lora_embedding_B" in module.parts
-        a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    def _add_module(self, module: LoraModule, conv1d: bool) -> None:
+        embedding = module.embedding
+        a, b = module.factors
         for part, other in ((a, b), (b, a)):
             if part not in module.parts:
                 raise PackError(
@@ -305,7 +265,7 @@ class _Planner:
 
     def _add_matrix(
         self,
-        module: _Module,
+        module: LoraModule,
         tensor: str,
         stored: tuple[int, ...],
         a: tuple[int, ...],
@@ -322,7 +282,7 @@ class _Planner:
         if stored != (change[::-1] if transposed else change):
             name = module.parts["lora_embedding_A" if embedding else "lora_A"]
             self._fail_shape(name, change[::-1] if embedding else change, tensor, stored)
-        keys = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        keys = module.factors
         scale = self._settings.scale_of(module.path)
         factors = Factors(module.parts[keys[0]], module.parts[keys[1]], scale, transposed)
         if not embedding:
@@ -343,7 +303,7 @@ class _Planner:
 
     def _add_convolution(
         self,
-        module: _Module,
+        module: LoraModule,
         tensor: str,
         stored: tuple[int, ...],
         a: tuple[int, ...],
@@ -362,7 +322,7 @@ class _Planner:
         if "lora_B.bias" in module.parts:
             self._add_bias(module, scale)
 
-    def _add_parameter(self, module: _Module) -> None:
+    def _add_parameter(self, module: LoraModule) -> None:
         """Factors of a parameter that is no module's weight, such as fused experts."""
         targets = self._settings.parameters
         a, b = self._shape(module, "lora_A"), self._shape(module, "lora_B")
@@ -413,7 +373,7 @@ class _Planner:
             return False
         return True if whole == (*lead, inputs, out) else None
 
-    def _add_bias(self, module: _Module, scale: float) -> None:
+    def _add_bias(self, module: LoraModule, scale: float) -> None:
         places = self._places(f"{module.path}.bias")
         if len(places) != 1:
             raise PackError(
@@ -427,7 +387,7 @@ class _Planner:
             self._fail_shape(name, self._tensors.spec(name).shape, places[0].tensor, stored)
         self._edit(places[0].tensor, BiasAdded(name, scale))
 
-    def _magnitude(self, module: _Module, outputs: int) -> str | None:
+    def _magnitude(self, module: LoraModule, outputs: int) -> str | None:
         name = module.parts.get("lora_magnitude_vector")
         if (name is not None) != self._settings.dora:
             raise PackError(
@@ -480,10 +440,3 @@ class _Planner:
 
 
 _WRONG_BASE = "Check that this is the base that the adapter was trained on."
-
-
-def _unwrapped(path: str) -> str:
-    """A module's path without what PEFT puts around it."""
-    for wrapper in _WRAPPERS:
-        path = path.replace(wrapper + ".", ".").removesuffix(wrapper)
-    return re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", path)

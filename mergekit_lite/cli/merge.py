@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_lite.cli.options import SIZE, human_bytes, split_method
+from mergekit_lite.cli.ranks import rank_table
 
 if TYPE_CHECKING:
     from mergekit_lite.recipe import Recipe
@@ -27,6 +28,14 @@ __all__ = ["command"]
     "--dtype", metavar="TYPE",
     help="Type of the result of `pack merge adapter`.  [default: the base's]",
 )  # fmt: skip
+@click.option(
+    "--rank", type=click.IntRange(1), metavar="N",
+    help="With `output: adapter`: the largest rank of the result.",
+)  # fmt: skip
+@click.option(
+    "--energy", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
+    help="With `output: adapter`: the share of each change to keep, for example 0.95.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @click.option("--memory", type=SIZE, default="512MB", show_default=True, help="Memory for weights.")
 @click.option(
@@ -43,6 +52,8 @@ def command(
     words: tuple[str, ...],
     output: Path | None,
     dtype: str | None,
+    rank: int | None,
+    energy: float | None,
     force: bool,
     memory: int,
     threads: int | None,
@@ -78,6 +89,12 @@ def command(
             raise click.UsageError("--dtype goes with `pack merge adapter`; a recipe has 'dtype'")
         method, path = split_method(words)
         recipe, home = read_recipe(path, METHODS, ALIASES, method), path.parent
+    if recipe.output == "adapter":
+        recipe = _with_target(recipe, rank, energy)
+        _merge_adapters(recipe, home, output, force=force, as_json=as_json, quiet=quiet)
+        return
+    if rank is not None or energy is not None:
+        raise click.UsageError("--rank and --energy go with a recipe of 'output: adapter'")
     folder = output or Path("dist") / str(recipe.name) / "merged"
     refuse_existing(folder, force)
     options = Options(threads or default_threads(), memory, max(1, shard_size), force)
@@ -114,6 +131,59 @@ def command(
         click.echo(
             f"{prepared.plan.method.name}: {count} tensors, {human_bytes(size)} "
             f"in {result.seconds:.1f} s → {result.folder}"
+        )
+
+
+def _with_target(recipe: Recipe, rank: int | None, energy: float | None) -> Recipe:
+    """The recipe with what the command says of the result's rank; parameters stay attached."""
+    from mergekit_lite.recipe import changed
+
+    asked = {"rank": rank, "energy": energy}
+    return changed(recipe, {key: value for key, value in asked.items() if value is not None})
+
+
+def _merge_adapters(
+    recipe: Recipe, home: Path, output: Path | None, *, force: bool, as_json: bool, quiet: bool
+) -> None:
+    """Merge adapters into an adapter, and say what was kept of them."""
+    from mergekit_lite.cli.progress import make_progress
+    from mergekit_lite.merge.adapters import run_adapter_merge
+    from mergekit_lite.merge.writer import refuse_existing
+
+    folder = output or Path("dist") / str(recipe.name) / "adapter"
+    refuse_existing(folder, force)
+    with make_progress(quiet or as_json) as progress:
+        result = run_adapter_merge(recipe, home, folder, force=force, progress=progress)
+        for note in result.notes:
+            progress.note(note)
+    size = sum(o.size for o in result.outputs)
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "folder": str(folder),
+                    "method": recipe.merge_method,
+                    "seconds": round(result.seconds, 3),
+                    "bytes": size,
+                    "notes": list(result.notes),
+                    "modules": {
+                        m.path: {
+                            "rank": m.factored.rank,
+                            "energy": m.factored.kept,
+                            "relative_error": m.factored.error,
+                            "exact": m.exact,
+                        }
+                        for m in result.modules
+                    },
+                }
+            )
+        )
+    elif not quiet:
+        for line in rank_table([(m.path, m.factored) for m in result.modules]):
+            click.echo(line)
+        click.echo(
+            f"{recipe.merge_method}: {len(result.modules)} modules, {human_bytes(size)} "
+            f"in {result.seconds:.1f} s → {folder}"
         )
 
 

@@ -24,7 +24,7 @@ from mergekit_lite.merge.writer import OutputFile
 from mergekit_lite.recipe import Recipe
 from mergekit_lite.tokenizer.vocabulary import TOKENIZER_FILES
 
-__all__ = ["LOCK_NAME", "make_lock", "resolved_recipe"]
+__all__ = ["LOCK_NAME", "lock_file", "make_lock", "resolved_recipe"]
 
 LOCK_NAME = "pack.lock"
 _VERSION = 1
@@ -55,19 +55,49 @@ def make_lock(
         outputs: Every file of the result but the lock.
         nonfinite: Number of NaN and infinite elements, by tensor that has some.
     """
-    return to_json(
+    return lock_file(
+        "merge",
         {
-            "lock_version": _VERSION,
             "name": plan.recipe.name,
             "version": plan.recipe.version,
-            "kind": "merge",
-            "tool": {"name": "pack-models", "version": mergekit_lite.__version__},
-            "environment": _environment(),
             "recipe": resolved_recipe(plan.recipe, plan.method.symmetric),
             "seed": plan.recipe.seed,
             "notes": plan.notes.lines,
             "nonfinite": dict(nonfinite),
-            "inputs": [_input(s, weights[name]) for name, s in sorted(inputs.sources.items())],
+        },
+        list(inputs.sources.values()),
+        weights,
+        outputs,
+    )
+
+
+def lock_file(
+    kind: str,
+    fields: Mapping[str, Any],
+    sources: Sequence[Source],
+    weights: Mapping[str, Sequence[InputFile]],
+    outputs: Sequence[OutputFile],
+) -> bytes:
+    """Write the lock of any result.
+
+    Args:
+        kind: What was done: ``merge``, ``adapter``, ``extract`` …
+        fields: What else tells how it was made.
+        sources: What went in.
+        weights: Their hashed weight files, by reference.
+        outputs: Every file of the result but the lock.
+    """
+    return to_json(
+        {
+            "lock_version": _VERSION,
+            "kind": kind,
+            "tool": {"name": "pack-models", "version": mergekit_lite.__version__},
+            "environment": _environment(),
+            **fields,
+            "inputs": [
+                _input(source, weights[source.reference])
+                for source in sorted(sources, key=lambda source: source.reference)
+            ],
             "outputs": [
                 {"path": o.path, "bytes": o.size, "sha256": o.sha256}
                 for o in sorted(outputs, key=lambda o: o.path)
@@ -112,6 +142,8 @@ def _hashed(folder: Path, path: Path) -> InputFile:
 def resolved_recipe(recipe: Recipe, symmetric: bool) -> dict[str, Any]:
     """The recipe as data, defaults left out; models sorted where their order means nothing."""
     data = recipe.model_dump(exclude_none=True)
+    if data["output"] == "model":
+        del data["output"]
     if symmetric:
         order = lambda entry: (entry["model"], repr(entry))  # noqa: E731
         data.get("models", []).sort(key=order)

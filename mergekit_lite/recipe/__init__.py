@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from mergekit_lite.recipe.parameters import Between, Parameter, Setting, Value
 from mergekit_lite.recipe.read import parse_recipe, read_recipe
-from mergekit_lite.recipe.schema import MethodSchema, ModelEntry, Recipe, Slice, SliceSource
+from mergekit_lite.recipe.schema import (
+    MethodSchema,
+    ModelEntry,
+    Recipe,
+    Slice,
+    SliceSource,
+    changed,
+)
 
 __all__ = [
     "Between",
@@ -16,6 +23,7 @@ __all__ = [
     "Slice",
     "SliceSource",
     "Value",
+    "changed",
     "parse_recipe",
     "read_recipe",
 ]

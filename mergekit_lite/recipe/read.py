@@ -170,6 +170,7 @@ def _translate(document: Document, detail: ErrorDetails) -> Mistake:
         "too_short": f"expected at least {context.get('min_length')} entries",
         "too_long": f"expected at most {context.get('max_length')} entries",
         "string_too_short": "must not be empty",
+        "literal_error": f"expected {context.get('expected')}",
     }.get(kind)
     if kind == "string_pattern_mismatch":
         expected = (
@@ -268,9 +269,14 @@ def _sense(document: Document, recipe: Recipe, schema: MethodSchema) -> Iterator
         return
     if recipe.tokenizer and recipe.tokenizer_source:
         yield document.mistake(("tokenizer",), "give 'tokenizer' or 'tokenizer_source', not both")
-    if schema.base and recipe.base_model is None:
+    adapter = recipe.output == "adapter"
+    for key in ("rank", "energy"):
+        if not adapter and getattr(recipe, key) is not None:
+            yield document.mistake((key,), f"'{key}' goes with 'output: adapter'")
+    if schema.base and recipe.base_model is None and not adapter:
         yield document.mistake((), f"'{recipe.merge_method}' needs a 'base_model'")
-    yield from _counts(document, recipe, schema)
+    if not adapter:
+        yield from _counts(document, recipe, schema)
 
 
 def _counts(document: Document, recipe: Recipe, schema: MethodSchema) -> Iterator[Mistake]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -19,6 +19,7 @@ __all__ = [
     "Slice",
     "SliceSource",
     "TokenizerSection",
+    "changed",
 ]
 
 Parameters = Annotated[
@@ -170,6 +171,17 @@ class Recipe(_Section):
     models: Annotated[list[ModelEntry], Field(min_length=1)] | None = None
     slices: Annotated[list[Slice], Field(min_length=1)] | None = None
     parameters: Parameters | None = None
+    output: Annotated[
+        Literal["model", "adapter"],
+        Field(description="What is made: a whole model, or, of adapters alone, an adapter."),
+    ] = "model"
+    rank: Annotated[
+        int | None, Field(ge=1, le=1 << 20, description="Largest rank of a resulting adapter.")
+    ] = None
+    energy: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="Share of each change that a resulting adapter keeps."),
+    ] = None
     dtype: Annotated[
         str | None,
         Field(
@@ -186,3 +198,11 @@ class Recipe(_Section):
         Field(min_length=1, description="auto, chatml, one of the models, or a Jinja template."),
     ] = None
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of random masks.")] = 0
+
+
+def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """A recipe with other values of some keys; its parsed parameters stay attached."""
+    copy = recipe.model_copy(update=dict(values))
+    if "_settings" in recipe.__dict__:
+        copy.__dict__["_settings"] = recipe.__dict__["_settings"]
+    return copy
