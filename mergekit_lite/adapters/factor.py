@@ -21,8 +21,8 @@ from mergekit_lite.errors import PackError
 
 __all__ = ["Factored", "Target", "check_device", "factor_matrix", "factor_product"]
 
-_OVERSAMPLED = 16
-_ITERATIONS = 4
+_OVERSAMPLED = 32
+_ITERATIONS = 6
 _SEED = 0x5EED
 
 

@@ -64,6 +64,7 @@ class NewAdapter:
             the base is not known.
         fan_in_fan_out: Whether the adapted layers are Conv1D.
         task: PEFT's ``task_type``; None if not known.
+        ties: Whether what is said of the input embedding holds for the output embedding too.
         dtype: Type of the factors.
     """
 
@@ -73,6 +74,7 @@ class NewAdapter:
     others: Sequence[str] | None = None
     fan_in_fan_out: bool = False
     task: str | None = None
+    ties: bool = False
     dtype: DType = DTYPES["F32"]
 
     def tensors(self) -> dict[str, Array]:
@@ -100,6 +102,7 @@ class NewAdapter:
         return {
             "alpha_pattern": special,
             "base_model_name_or_path": self.base.name,
+            **({"ensure_weight_tying": True} if self.ties else {}),
             "bias": "lora_only" if any(m.bias is not None for m in self.modules) else "none",
             "fan_in_fan_out": self.fan_in_fan_out,
             "inference_mode": True,

@@ -162,6 +162,11 @@ class _Extractor:
             elif not any(name.startswith(layer.path + ".") for name in new.whole):
                 unchanged.append(layer.path)
         self._rest(adapted, new)
+        new.ties = self._base.checkpoint.config.get("tie_word_embeddings") is True and any(
+            layer.kind == "embedding"
+            and (layer.path in {m.path for m in new.modules} or f"{layer.path}.weight" in new.whole)
+            for layer in self._layers
+        )
         new.others = [path for path in unchanged if path]
         fields = {
             "name": folder.name,
