@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -245,7 +245,9 @@ class AdaptedReader(TensorReader):
             self._base.observe(index, rows)
             return
         for chain in self._chains:
-            values = self._read_base(rows, np.empty(self._size(rows), self.spec.dtype.storage))
+            flat = np.empty(rows.size * self.spec.columns, self.spec.dtype.storage)
+            self.read_base(rows, flat)
+            values = flat.reshape(rows.size, self.spec.columns)
             for edit in chain.edits:
                 if edit.passes:
                     edit.observe(rows, values)
@@ -261,23 +263,45 @@ class AdaptedReader(TensorReader):
             for edit in chain.edits:
                 edit.settle()
 
+    @property
+    def origin(self) -> Hashable:
+        """That of the base's tensor."""
+        return self._base.origin
+
     def read(self, rows: Rows, out: Array) -> None:
         """Write adapted rows."""
-        values = self._read_base(rows, out)
-        if len(self._chains) == 1 and self._chains[0].weight == 1.0:
+        self.read_base(rows, out)
+        self.change(rows, out, out)
+
+    def change(self, rows: Rows, source: Array, out: Array) -> None:
+        """Adapt decoded rows of the base.
+
+        Args:
+            rows: Which.
+            source: The base's, flat, of the working type.
+            out: Written; may be ``source`` itself.
+        """
+        shape = rows.size, self.spec.columns
+        base, values = source.reshape(shape), out.reshape(shape)
+        sums = [chain.sum_only for chain in self._chains]
+        if len(self._chains) == 1 and self._chains[0].weight == 1.0 and sums[0] is None:
+            if out is not source:
+                values[:] = base
             self._chains[0].apply(rows, values)
             return
-        base = None if all(chain.sum_only for chain in self._chains) else values.copy()
-        for chain in self._chains:
-            lora = chain.sum_only
+        if out is source and not all(sums):
+            base = base.copy()
+        begun = out is source
+        for chain, lora in zip(self._chains, sums, strict=True):
             if lora is not None:
-                lora.add(rows, values, chain.weight)
-            elif base is not None:
+                lora.add(rows, values if begun else base, values, chain.weight)
+            else:
                 changed = base.copy()
                 chain.apply(rows, changed)
                 changed -= base
                 changed *= changed.dtype.type(chain.weight)
-                values += changed
+                np.add(values if begun else base, changed, out=values)
+            begun = True
 
     def close(self) -> None:
         """Let go of factors, and close the base."""
@@ -286,11 +310,8 @@ class AdaptedReader(TensorReader):
                 edit.close()
         self._base.close()
 
-    def _size(self, rows: Rows) -> int:
-        return rows.size * self.spec.columns
-
-    def _read_base(self, rows: Rows, out: Array) -> Array:
-        """Read and decode rows of the base into a flat array; returns it as a matrix."""
+    def read_base(self, rows: Rows, out: Array) -> None:
+        """Read and decode rows of the base into a flat array of the working type."""
         stored = self._base.spec.dtype
         if stored == self.spec.dtype:
             self._base.read(rows, out)
@@ -298,4 +319,3 @@ class AdaptedReader(TensorReader):
             raw = np.empty(out.size, stored.storage)
             self._base.read(rows, raw)
             decode(raw, stored, out)
-        return out.reshape(rows.size, self.spec.columns)

@@ -129,25 +129,27 @@ class LowRank(Edit):
         """Whether it only adds, whatever the base is."""
         return self._magnitude is None
 
-    def add(self, rows: Rows, values: Array, weight: float) -> None:
-        """Add the low-rank change, times a weight."""
+    def add(self, rows: Rows, source: Array, values: Array, weight: float) -> None:
+        """Write the source and the low-rank change, times a weight, into ``values``."""
         left, right = self._load()
         height = left.shape[1]
         row = rows.start
         while row < rows.stop:
             expert = row // height
             stop = min(rows.stop, (expert + 1) * height)
+            part = slice(row - rows.start, stop - rows.start)
             add_low_rank(
+                source[part],
                 left[expert, row - expert * height : stop - expert * height],
                 right[expert],
                 weight * self._factors.scale,
-                values[row - rows.start : stop - rows.start],
+                values[part],
             )
             row = stop
 
     def observe(self, rows: Rows, values: Array) -> None:
         """Sum squares of the columns of the changed weight, chunk by chunk."""
-        self.add(rows, values, 1.0)
+        self.add(rows, values, values, 1.0)
         squares = np.zeros(self._columns, np.float64)
         column_squares(values, squares)
         with self._lock:
@@ -166,7 +168,7 @@ class LowRank(Edit):
 
     def apply(self, rows: Rows, values: Array) -> None:
         """Add the change, and set lengths."""
-        self.add(rows, values, 1.0)
+        self.add(rows, values, values, 1.0)
         if self._magnitude is None:
             return
         if self._along == "columns":

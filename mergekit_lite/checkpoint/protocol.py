@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -87,6 +87,11 @@ class TensorReader(ABC):
 
     spec: TensorSpec
     passes: int = 0
+
+    @property
+    def origin(self) -> Hashable:
+        """What readers that begin with the same stored rows have in common; None if unknown."""
+        return None
 
     @abstractmethod
     def read(self, rows: Rows, out: Array) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from mergekit_lite.checkpoint.digest import FileDigest, as_bytes, read_into
@@ -102,6 +102,10 @@ class _FileReader(TensorReader):
         self._file = file
         self._start = start
         self._row_bytes = spec.columns * spec.dtype.itemsize
+
+    @property
+    def origin(self) -> Hashable:
+        return id(self._file), self._start
 
     def read(self, rows: Rows, out: Array) -> None:
         self._file.read(self._start + rows.start * self._row_bytes, out)

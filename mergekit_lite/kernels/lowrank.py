@@ -36,10 +36,11 @@ def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @kernel
-def add_low_rank(left: Any, right: Any, scale: float, out: Any) -> None:
-    """``out += scale · left @ right``.
+def add_low_rank(source: Any, left: Any, right: Any, scale: float, out: Any) -> None:
+    """``out = source + scale · left @ right``.
 
     Args:
+        source: ``(m, n)`` of the type of ``out``; may be ``out`` itself.
         left: ``(m, r)`` float32 or float64, ``r`` a multiple of `RANKS`.
         right: ``(r, n)`` of the same type.
         scale: float64, rounded to that type.
@@ -76,10 +77,11 @@ def add_low_rank(left: Any, right: Any, scale: float, out: Any) -> None:
                     s2[j] = _fma(b23, z, _fma(b22, y, _fma(b21, x, _fma(b20, w, s2[j]))))
                     s3[j] = _fma(b33, z, _fma(b32, y, _fma(b31, x, _fma(b30, w, s3[j]))))
             for i in range(height):
+                origin = source[row + i, begin : begin + count]
                 target = out[row + i, begin : begin + count]
                 total = sums[i, :count]
                 for j in range(count):
-                    target[j] = _fma(factor, total[j], target[j])
+                    target[j] = _fma(factor, total[j], origin[j])
 
 
 @kernel

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mergekit_lite.adapters.checkpoint import AdaptedReader
 from mergekit_lite.checkpoint.protocol import Checkpoint, Rows, TensorReader, TensorSpec
 from mergekit_lite.dtypes import Array
 from mergekit_lite.kernels.cast import decode, encode, in_kernel
@@ -150,6 +151,7 @@ class MergeReader(TensorReader):
         first = readers[0].spec.dtype
         self._native = len(types) == 1 and in_kernel(first)
         self._gathered = first.storage if self._native else context.work
+        self._shared = _shared(readers, self._gathered)
 
     @property
     def passes(self) -> int:  # type: ignore[override]
@@ -229,16 +231,41 @@ class MergeReader(TensorReader):
         keep = self._kept is not None and not final
         buffer = self._pool.take(size) if keep else self._reused(size)
         block = buffer.view(self._gathered)[: shape[0] * count].reshape(shape)
+        taken = {i for group in self._shared for i in group}
         for i, reader in enumerate(self._readers):
-            if reader.spec.dtype.storage == self._gathered and in_kernel(reader.spec.dtype):
-                reader.read(rows, block[i])
-            else:
-                stored = np.empty(count, reader.spec.dtype.storage)
-                reader.read(rows, stored)
-                decode(stored, reader.spec.dtype, block[i])
+            if i not in taken:
+                self._read(reader, rows, block[i])
+        for group in self._shared:
+            self._read_group(group, rows, block)
         if keep and self._kept is not None:
             self._kept[rows.start] = block
         return block
+
+    def _read(self, reader: TensorReader, rows: Rows, out: Array) -> None:
+        """Read rows of one source in the type in which they are gathered."""
+        if reader.spec.dtype.storage == self._gathered and in_kernel(reader.spec.dtype):
+            reader.read(rows, out)
+        else:
+            stored = np.empty(out.size, reader.spec.dtype.storage)
+            reader.read(rows, stored)
+            decode(stored, reader.spec.dtype, out)
+
+    def _read_group(self, group: Sequence[int], rows: Rows, block: Array) -> None:
+        """Read sources that begin with the same rows of a base: those once, then adapt copies."""
+        leader = group[0]
+        first = self._readers[leader]
+        if isinstance(first, AdaptedReader):
+            first.read_base(rows, block[leader])
+        else:
+            self._read(first, rows, block[leader])
+        for i in group[1:]:
+            reader = self._readers[i]
+            if isinstance(reader, AdaptedReader):
+                reader.change(rows, block[leader], block[i])
+            else:
+                block[i] = block[leader]
+        if isinstance(first, AdaptedReader):
+            first.change(rows, block[leader], block[leader])
 
     def _reused(self, size: int) -> Array:
         """This thread's own buffer, grown where it is too small."""
@@ -253,3 +280,23 @@ class MergeReader(TensorReader):
         if held is None or held[0] != key:
             held = self._local.scratch = (key, Scratch(*key))
         return held[1]
+
+
+def _shared(readers: Sequence[TensorReader], gathered: np.dtype[Any]) -> list[list[int]]:
+    """Groups of sources that are one tensor of a base with different adapters, or with none.
+
+    A source without adapters leads its group.
+    """
+    groups: dict[object, list[int]] = {}
+    for i, reader in enumerate(readers):
+        if reader.origin is not None:
+            groups.setdefault(reader.origin, []).append(i)
+    adapted = [
+        isinstance(reader, AdaptedReader) and reader.spec.dtype.storage == gathered
+        for reader in readers
+    ]
+    return [
+        sorted(group, key=lambda i: (adapted[i], i))
+        for group in groups.values()
+        if len(group) > 1 and any(adapted[i] for i in group)
+    ]
