@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
+_FLASH_ATTENTION = 52  # bytes from the start of llama_context_params
+_CACHE_TYPES = 104  # bytes from the start of llama_context_params to type_k and type_v
 
 
 class _Opaque(ctypes.Structure):
@@ -85,7 +87,12 @@ def _run(
     lib.llama_backend_init()
     loaded = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
     assert loaded, "llama.cpp cannot load the model"
-    context = lib.llama_init_from_model(loaded, lib.llama_context_default_params())
+    settings = lib.llama_context_default_params()
+    kinds = (ctypes.c_int32 * 2).from_buffer(settings, _CACHE_TYPES)
+    assert list(kinds) == [1, 1], "the structure has changed: these should be float16"
+    kinds[:] = [0, 0]  # float32, so that nothing is rounded
+    ctypes.c_int32.from_buffer(settings, _FLASH_ATTENTION).value = 0
+    context = lib.llama_init_from_model(loaded, settings)
     assert context, "llama.cpp cannot make a context"
     if adapters:
         held = [lib.llama_adapter_lora_init(loaded, path.encode()) for path, _ in adapters]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exporters.gguf.families import Naming
+from exporters.gguf.families import FAMILIES, Naming
 from mergekit_lite.adapters.config import AdapterConfig, LoraSettings
 from mergekit_lite.adapters.contents import LoraContents, sort_tensors
 from mergekit_lite.adapters.tensors import read_float
@@ -26,10 +26,14 @@ __all__ = ["why_not", "write_gguf_lora"]
 _ELSE = "Merge it into its base, or extract a plain LoRA from the merged model: pack extract"
 
 
-def why_not(config: AdapterConfig, contents: LoraContents) -> str | None:
+def why_not(
+    config: AdapterConfig, contents: LoraContents, base_config: Mapping[str, object]
+) -> str | None:
     """Why an adapter cannot be GGUF; None if it can."""
     if config.kind != "LORA":
         return f"llama.cpp knows LoRA only, this is {config.kind}"
+    if base_config.get("model_type") not in FAMILIES:
+        return f"models of type '{base_config.get('model_type')}' have no GGUF names here"
     settings = LoraSettings.of(config)
     parts = {part for module in contents.modules for part in module.parts}
     reasons = {
@@ -66,7 +70,7 @@ def write_gguf_lora(
         PackError: GGUF cannot carry it, or the base's family is not known.
     """
     contents = sort_tensors(tensors)
-    reason = why_not(config, contents)
+    reason = why_not(config, contents, base_config)
     if reason is not None:
         raise PackError(f"{config.label}: cannot be written as GGUF; {reason}", _ELSE)
     try:

@@ -22,6 +22,7 @@ __all__ = ["main"]
 COMMANDS = {
     "merge": "Merge models as a recipe says.",
     "extract": "Make an adapter of what a fine-tune changed in its base.",
+    "adapters": "Package adapters beside their base, for switching while it runs.",
     "plan": "Show what a recipe would do, without reading weights.",
     "methods": "List merge methods, their parameters, formulas and papers.",
     "recipes": "List recipes to start from, or print one.",

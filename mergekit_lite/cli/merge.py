@@ -89,6 +89,8 @@ def command(
             raise click.UsageError("--dtype goes with `pack merge adapter`; a recipe has 'dtype'")
         method, path = split_method(words)
         recipe, home = read_recipe(path, METHODS, ALIASES, method), path.parent
+    if recipe.output == "adapters":
+        raise click.UsageError(f"the recipe asks for a bundle; run: pack adapters {words[-1]}")
     if recipe.output == "adapter":
         recipe = _with_target(recipe, rank, energy)
         _merge_adapters(recipe, home, output, force=force, as_json=as_json, quiet=quiet)

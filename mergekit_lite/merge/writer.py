@@ -27,7 +27,7 @@ from mergekit_lite.errors import PackError
 from mergekit_lite.merge.plan import Shard
 from mergekit_lite.merge.segments import SegmentedFile
 
-__all__ = ["ArtifactWriter", "OutputFile", "partial_of"]
+__all__ = ["ArtifactWriter", "OutputFile", "explained", "partial_of", "write_durably"]
 
 
 def partial_of(final: Path) -> Path:

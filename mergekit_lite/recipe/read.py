@@ -269,7 +269,7 @@ def _sense(document: Document, recipe: Recipe, schema: MethodSchema) -> Iterator
         return
     if recipe.tokenizer and recipe.tokenizer_source:
         yield document.mistake(("tokenizer",), "give 'tokenizer' or 'tokenizer_source', not both")
-    adapter = recipe.output == "adapter"
+    adapter = recipe.output != "model"
     for key in ("rank", "energy"):
         if not adapter and getattr(recipe, key) is not None:
             yield document.mistake((key,), f"'{key}' goes with 'output: adapter'")

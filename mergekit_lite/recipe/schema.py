@@ -172,8 +172,11 @@ class Recipe(_Section):
     slices: Annotated[list[Slice], Field(min_length=1)] | None = None
     parameters: Parameters | None = None
     output: Annotated[
-        Literal["model", "adapter"],
-        Field(description="What is made: a whole model, or, of adapters alone, an adapter."),
+        Literal["model", "adapter", "adapters"],
+        Field(
+            description="What is made: a whole model; of adapters alone, one adapter; or a bundle "
+            "of the adapters beside their base (pack adapters)."
+        ),
     ] = "model"
     rank: Annotated[
         int | None, Field(ge=1, le=1 << 20, description="Largest rank of a resulting adapter.")

@@ -184,7 +184,7 @@ def test_ties_of_adapters(pack: Callable, tmp_path: Path) -> None:
         ({"merge_method": "slerp"}, "cannot make an adapter"),
         ({"rank": 0}, "rank"),
         ({"energy": 1.5}, "energy"),
-        ({"output": "adaptor"}, "'model' or 'adapter'"),
+        ({"output": "adaptor"}, "'model', 'adapter' or 'adapters'"),
         ({"output": "model", "rank": 3}, "goes with 'output: adapter'"),
     ],
 )

@@ -39,10 +39,7 @@ def _gguf(base: Path, adapter: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_beside_the_base(pack: Callable, tmp_path: Path, case: str) -> None:
-    """llama.cpp with --lora, PEFT at run time, and the merged model agree within 1e-3.
-
-    llama.cpp keeps keys and values in float16, which alone moves the base's logits by 7e-4.
-    """
+    """llama.cpp with --lora, PEFT at run time, and the merged model agree within 1e-5."""
     base = save_base(tmp_path / "base", "llama", **SIZES)
     adapter = save_lora(tmp_path / "adapter", base, **CASES[case])
     with torch.no_grad():
@@ -53,15 +50,15 @@ def test_logits_beside_the_base(pack: Callable, tmp_path: Path, case: str) -> No
     _gguf(base, adapter, tmp_path / "adapter.gguf")
     largest = np.abs(beside).max()
     found = llama_cpp.logits(tmp_path / "base.gguf", TOKENS)
-    assert np.abs(found - plain).max() < 1e-3 * largest
+    assert np.abs(found - plain).max() < 1e-5 * largest
     found = llama_cpp.logits(tmp_path / "base.gguf", TOKENS, [(tmp_path / "adapter.gguf", 1.0)])
-    assert np.abs(found - beside).max() < 1e-3 * largest
+    assert np.abs(found - beside).max() < 1e-5 * largest
     assert np.abs(plain - beside).max() > 1e-2 * largest
     ran = pack("merge", "adapter", f"{base}+{adapter}", "-o", tmp_path / "merged", "-q")
     assert ran.code == 0, ran.err
     llama_cpp.write_gguf(tmp_path / "merged", tmp_path / "merged.gguf")
     found = llama_cpp.logits(tmp_path / "merged.gguf", TOKENS)
-    assert np.abs(found - beside).max() < 1e-3 * largest
+    assert np.abs(found - beside).max() < 1e-5 * largest
 
 
 def test_same_bytes_twice(tmp_path: Path) -> None:
@@ -92,6 +89,5 @@ def test_what_gguf_cannot_carry(tmp_path: Path, keys: dict[str, Any], word: str)
 def test_an_unknown_family(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "vit")
     adapter = save_lora(tmp_path / "adapter", base, target_modules=["query", "q_proj"])
-    with pytest.raises(PackError, match="'vit'") as caught:
+    with pytest.raises(PackError, match="'vit'"):
         _gguf(base, adapter, tmp_path / "adapter.gguf")
-    assert "llama" in caught.value.hint

@@ -1,0 +1,1 @@
+"""What is shipped: bundles of what pack makes, ready to be used elsewhere."""
