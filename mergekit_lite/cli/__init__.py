@@ -23,6 +23,8 @@ COMMANDS = {
     "merge": "Merge models as a recipe says.",
     "extract": "Make an adapter of what a fine-tune changed in its base.",
     "adapters": "Package adapters beside their base, for switching while it runs.",
+    "inspect": "Show what a checkpoint, an adapter or a recipe is.",
+    "diff": "Show what fine-tunes changed in their base, by layer and module.",
     "plan": "Show what a recipe would do, without reading weights.",
     "methods": "List merge methods, their parameters, formulas and papers.",
     "recipes": "List recipes to start from, or print one.",

@@ -1,0 +1,1 @@
+"""What is in a model or an adapter, and what a fine-tune changed."""
