@@ -20,7 +20,7 @@ from mergekit_lite.errors import Interrupted, PackError
 __all__ = ["main"]
 
 COMMANDS = {
-    "merge": "Merge models as a recipe says.",
+    "merge": "Merge models as a recipe says, or adapters into a base.",
     "extract": "Make an adapter of what a fine-tune changed in its base.",
     "adapters": "Package adapters beside their base, for switching while it runs.",
     "inspect": "Show what a checkpoint, an adapter or a recipe is.",
@@ -73,7 +73,7 @@ class _Group(click.Group):
 @click.version_option(mergekit_lite.__version__, "-V", "--version", prog_name="pack")
 @click.option("--debug", is_flag=True, envvar="PACK_DEBUG", help="Show tracebacks.")
 def cli(debug: bool) -> None:
-    """Merge models, one tensor at a time, and prove what was done."""
+    """Merge models and adapters, one tensor at a time, and prove what was done."""
 
 
 def main() -> None:

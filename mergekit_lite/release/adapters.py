@@ -234,7 +234,7 @@ class _Bundle:
             lstrip_blocks=True, autoescape=False,  # noqa: S701 (shell scripts and Markdown)
         )  # fmt: skip
         for_vllm = [p for p in self._packaged if p.not_vllm is None]
-        for_llama = [p for p in self._packaged if p.not_gguf is None]
+        for_gguf = [p for p in self._packaged if p.not_gguf is None]
         ranks = [p.rank or 0 for p in for_vllm]
         base = self._base.reference if self._base.revision else self._base.path.resolve().name
         values = {
@@ -242,13 +242,13 @@ class _Bundle:
             "revision": self._base.revision,
             "adapters": self._packaged,
             "vllm": for_vllm,
-            "llama": for_llama,
+            "gguf": for_gguf,
             "max_rank": next((r for r in _VLLM_RANKS if r >= max(ranks, default=0)), None),
         }
         files = {"README.md": "adapters-readme.md.jinja"}
         if for_vllm:
             files["serving/vllm.sh"] = "serve-vllm.sh.jinja"
-        if for_llama:
+        if for_gguf:
             files["serving/llama-server.sh"] = "serve-llama-server.sh.jinja"
         return {
             name: environment.get_template(template).render(values)
