@@ -63,7 +63,8 @@ def open_checkpoint(reference: str, home: Path) -> Source:
     if local is not None:
         return Source(reference, None, local, _open_path(local, reference))
     hub = parse_reference(reference)
-    if hub is None or reference.startswith((".", "/", "~")):
+    first = reference.partition("/")[0]
+    if hub is None or find_local(first, home) is not None or reference.startswith((".", "/", "~")):
         raise PackError(
             not_found(reference, home), "Check the path; it starts from the recipe's folder."
         )
@@ -80,6 +81,7 @@ def not_found(reference: str, home: Path) -> str:
 
 def _open_path(path: Path, label: str) -> Checkpoint:
     if path.is_dir():
+        _refuse_cache_root(path, label)
         if (path / INDEX_NAME).is_file() or any(path.glob("*.safetensors")):
             if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
                 wanted = load_json(path / "adapter_config.json").get("base_model_name_or_path")
@@ -98,3 +100,14 @@ def _open_path(path: Path, label: str) -> Checkpoint:
     if path.suffix in {".bin", ".pt", ".pth"}:
         return PytorchCheckpoint([path], None, label)
     return SafetensorsCheckpoint(path, label)
+
+
+def _refuse_cache_root(path: Path, label: str) -> None:
+    """A model's folder in the Hub's cache holds its revisions, not the model itself."""
+    snapshots = path / "snapshots"
+    if (path / "refs").is_dir() and snapshots.is_dir():
+        found = sorted(p.name for p in snapshots.iterdir())
+        raise PackError(
+            f"{label}: is a folder of the Hub's cache, which holds revisions of a model",
+            f"Give one of them: {label}/snapshots/{found[-1] if found else '…'}",
+        )

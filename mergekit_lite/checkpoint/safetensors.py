@@ -42,6 +42,11 @@ class SafetensorsFile:
             self._stat = os.fstat(self._fd)
             self.size = self._stat.st_size
             prefix = os.pread(self._fd, 8, 0)
+            if prefix == b"version ":
+                raise FileFormatError(
+                    f"{path}: is a pointer of Git LFS, not the file itself",
+                    "Fetch the file: git lfs pull",
+                )
             length = read_length(prefix, self.size, str(path))
             raw = bytearray(length)
             read_into(self._fd, 8, memoryview(raw), str(path))

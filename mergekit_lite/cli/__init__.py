@@ -82,7 +82,8 @@ def main() -> None:
     Exit codes: 0 done, 1 the input or the world is at fault, 2 wrong usage, 130 stopped.
     """
     signal.signal(signal.SIGTERM, _on_terminate)
-    debug = "--debug" in sys.argv[1:2] or bool(os.environ.get("PACK_DEBUG"))
+    debug = "--debug" in sys.argv[1:] or bool(os.environ.get("PACK_DEBUG"))
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug"]  # wherever it stands
     try:
         code: Any = cli.main(prog_name="pack", standalone_mode=False)
     except click.exceptions.Abort:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_lite.cli.options import SIZE, human_bytes, split_method
+from mergekit_lite.cli.options import SIZE, complete_merge, human_bytes, split_method
 from mergekit_lite.cli.ranks import rank_table
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ __all__ = ["command"]
 
 
 @click.command("merge", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("words", nargs=-1, required=True, metavar="[METHOD] RECIPE")
+@click.argument(
+    "words", nargs=-1, required=True, metavar="[METHOD] RECIPE", shell_complete=complete_merge
+)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
     help="Where the result goes.  [default: dist/NAME/merged]",

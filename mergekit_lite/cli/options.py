@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-__all__ = ["SIZE", "RecipePath", "Size", "human_bytes", "split_method"]
+__all__ = ["SIZE", "RecipePath", "Size", "complete_merge", "human_bytes", "split_method"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -32,6 +33,21 @@ class Size(click.ParamType[int]):
 
 SIZE = Size()
 RecipePath = click.Path(path_type=Path)
+
+
+_METHOD_WORDS = (
+    "adapter", "dare", "dare_linear", "dare_ties", "linear", "passthrough", "slerp",
+    "task_arithmetic", "ties",
+)  # fmt: skip
+
+
+def complete_merge(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Complete METHOD and RECIPE: words first, then files; without importing the methods."""
+    words = ctx.params.get(param.name or "") or ()
+    found = [] if words else [CompletionItem(w) for w in _METHOD_WORDS if w.startswith(incomplete)]
+    return [*found, CompletionItem(incomplete, type="file")]
 
 
 def human_bytes(count: float) -> str:

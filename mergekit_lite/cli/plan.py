@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_lite.cli.options import SIZE, human_bytes, split_method
+from mergekit_lite.cli.options import SIZE, complete_merge, human_bytes, split_method
 
 if TYPE_CHECKING:
     from mergekit_lite.merge.plan import Plan, PlannedTensor
@@ -18,7 +18,9 @@ __all__ = ["command"]
 
 
 @click.command("plan", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("words", nargs=-1, required=True, metavar="[METHOD] RECIPE")
+@click.argument(
+    "words", nargs=-1, required=True, metavar="[METHOD] RECIPE", shell_complete=complete_merge
+)
 @click.option("--memory", type=SIZE, default="512MB", show_default=True, help="Memory for weights.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Worker threads.")
 @click.option("--shard-size", type=SIZE, default="2GB", show_default=True, help="Bytes of a file.")

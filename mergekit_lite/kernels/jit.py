@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
 from numba.extending import overload, register_jitable
 
-__all__ = ["TILE", "inner", "intrinsic", "kernel", "overloads"]
+__all__ = ["TILE", "inner", "intrinsic", "is_first_use", "kernel", "overloads"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,6 +23,12 @@ def kernel(function: F) -> F:
         return cast(F, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
     except RuntimeError:  # there is no folder that may be written to: compile in every run
         return cast(F, numba.njit(nogil=True, error_model="numpy")(function))
+
+
+def is_first_use() -> bool:
+    """Whether no kernel has been compiled yet beside the code, so that the first run takes long."""
+    folder = Path(numba.config.CACHE_DIR or Path(__file__).parent / "__pycache__")
+    return not any(folder.rglob("*.nbi"))
 
 
 def inner(function: F) -> F:

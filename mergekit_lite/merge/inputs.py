@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,7 +94,10 @@ class Inputs(Mapping[str, Model]):
     @property
     def notes(self) -> list[str]:
         """What the user should know of the models."""
-        return [note for model in self._models.values() for note in model.source.notes]
+        notes = [note for model in self._models.values() for note in model.source.notes]
+        if not self.template.checkpoint.config:
+            notes.append("no model has a config.json, so the result has none")
+        return notes
 
     def close(self) -> None:
         """Close all files."""
@@ -106,29 +109,63 @@ def open_inputs(recipe: Recipe, home: Path) -> Inputs:
     """Open every model of a recipe, reading headers and configs only.
 
     The template, whose config and tensor names the result takes, is the base model; without one,
-    the first source of the first slice, or the model whose name sorts first, so that the order of
-    a list of models means nothing.
+    the first source of the first slice, or of the models with a config the one whose name sorts
+    first, so that the order of a list of models means nothing.
 
     Raises:
         PackError: A model is not there, is broken, or is quantized.
     """
     names = [entry.model for entry in recipe.models or []]
     names += [source.model for part in recipe.slices or [] for source in part.sources]
-    template = recipe.base_model or (names[0] if recipe.slices else min(names))
-    models: dict[str, Model] = {}
     opened: dict[str, Source] = {}
     try:
-        for name in sorted({*names, template}):
-            source = open_model(name, home, opened)
-            models[name] = Model(
-                name, source, map_layers(source.checkpoint.names(), source.checkpoint.config)
-            )
-            _refuse_quantized(models[name])
+        models = _open_all(sorted({*names, *filter(None, [recipe.base_model])}), home, opened)
+        if recipe.base_model:
+            _refuse_second_name(models, recipe.base_model)
+            template = recipe.base_model
+        elif recipe.slices:
+            template = names[0]
+        else:
+            ordered = sorted(set(names))
+            with_config = [name for name in ordered if models[name].checkpoint.config]
+            template = (with_config or ordered)[0]
     except BaseException:
         for source in opened.values():
             source.checkpoint.close()
         raise
     return Inputs(models, template)
+
+
+def _open_all(names: Sequence[str], home: Path, opened: dict[str, Source]) -> dict[str, Model]:
+    """Open models; what is wrong with any of them comes in one report."""
+    models: dict[str, Model] = {}
+    wrong: list[PackError] = []
+    for name in names:
+        try:
+            source = open_model(name, home, opened)
+            checkpoint = source.checkpoint
+            models[name] = Model(name, source, map_layers(checkpoint.names(), checkpoint.config))
+            _refuse_quantized(models[name])
+        except PackError as error:
+            wrong.append(error)
+    if len(wrong) > 1:
+        listed = "".join(f"\n  {line}" for e in wrong for line in e.message.splitlines())
+        hints = dict.fromkeys(e.hint for e in wrong if e.hint)
+        raise PackError(f"{len(wrong)} models cannot be used:{listed}", "\n".join(hints))
+    if wrong:
+        raise wrong[0]
+    return models
+
+
+def _refuse_second_name(models: Mapping[str, Model], base: str) -> None:
+    """The base under another name would be merged as if it were a fine-tune of itself."""
+    path = models[base].source.path.resolve()
+    for name, model in models.items():
+        if name != base and not model.source.parts and model.source.path.resolve() == path:
+            raise PackError(
+                f"'{name}' and the base model '{base}' are the same model",
+                "Write it in one way.",
+            )
 
 
 def _refuse_quantized(model: Model) -> None:

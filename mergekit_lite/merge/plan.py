@@ -18,7 +18,7 @@ from mergekit_lite.errors import PackError
 from mergekit_lite.merge.assign import Assignment, Ingredient, Notes, assign
 from mergekit_lite.merge.inputs import Inputs
 from mergekit_lite.methods import METHODS, Method
-from mergekit_lite.recipe import Recipe, Value
+from mergekit_lite.recipe import ModelEntry, Recipe, SliceSource, Value
 from mergekit_lite.recipe.parameters import Parameter, first_set
 
 __all__ = ["Plan", "PlannedTensor", "Shard", "make_plan"]
@@ -159,6 +159,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, shard_bytes: int) -> Plan:
     """
     method = METHODS[recipe.merge_method]
     assignments, notes = assign(recipe, inputs, method.base, method.symmetric)
+    notes.lines += _without_effect(recipe, [a.name for a in assignments], method.base)
     saved = by_config_name(recipe.out_dtype or recipe.dtype or "")
     _check_shapes(assignments)
     planned = [_plan_tensor(a, method, inputs, saved) for a in assignments]
@@ -175,6 +176,27 @@ def make_plan(recipe: Recipe, inputs: Inputs, shard_bytes: int) -> Plan:
         work=work,
         notes=notes,
     )
+
+
+def _without_effect(recipe: Recipe, names: Sequence[str], has_base: bool) -> list[str]:
+    """What the recipe says and what changes nothing: filters that fit no tensor, among others."""
+    entries: list[ModelEntry | SliceSource] = [*(recipe.models or [])]
+    entries += [source for part in recipe.slices or [] for source in part.sources]
+    lines = []
+    if has_base and any(e.model == recipe.base_model and e.settings() for e in entries):
+        lines.append(f"parameters of the base model {recipe.base_model} have no effect")
+    sections = [recipe, *(recipe.slices or []), *entries]
+    filters = {
+        part: name
+        for section in sections
+        for name, setting in section.settings().items()
+        for part, _ in setting.branches
+        if part is not None and part != "*"
+    }
+    for part, parameter in sorted(filters.items()):
+        if not any(part in name for name in names):
+            lines.append(f"the filter '{part}' of '{parameter}' fits no tensor")
+    return lines
 
 
 def _plan_tensor(

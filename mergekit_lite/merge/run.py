@@ -15,7 +15,7 @@ from mergekit_lite.checkpoint.protocol import InputFile, Rows, TensorReader
 from mergekit_lite.errors import Interrupted, PackError
 from mergekit_lite.kernels.cast import in_kernel
 from mergekit_lite.kernels.fuse import count_nonfinite
-from mergekit_lite.kernels.jit import TILE
+from mergekit_lite.kernels.jit import TILE, is_first_use
 from mergekit_lite.merge.buffers import BufferPool
 from mergekit_lite.merge.checkpoint import MergeCheckpoint, MergeReader
 from mergekit_lite.merge.config import small_files
@@ -207,7 +207,11 @@ def _run(
 ) -> Result:
     plan, inputs = prepared.plan, prepared.inputs
     if writer.discarded:
-        progress.note("recipe or inputs changed since the run that was stopped; starting afresh")
+        progress.note(
+            "recipe, inputs or --shard-size changed since the run that was stopped; starting afresh"
+        )
+    if is_first_use():
+        progress.note("compiling kernels, once after installation: some seconds")
     resumed = len(writer.done)
     if resumed:
         progress.note(f"continuing: {resumed} of {len(plan.shards)} output files were finished")

@@ -8,6 +8,7 @@ mergekit's language; see https://github.com/arcee-ai/mergekit#parameter-specific
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -153,6 +154,8 @@ def _parse_value(raw: Any, parameter: Parameter) -> tuple[Value | tuple[float, .
 def _parse_scalar(raw: Any, parameter: Parameter) -> tuple[Value, str]:
     problem = f"{raw!r:.60} does not fit '{parameter.name}'; {_expected(parameter)}"
     if parameter.kind == "float":
+        if isinstance(raw, str) and re.fullmatch(r"\s*[-+]?[\d.]+(e[-+]?\d+)?\s*", raw.lower()):
+            return 0.0, f"{raw!r:.60} is text; remove the quotes"
         if isinstance(raw, bool) or not isinstance(raw, int | float) or not math.isfinite(raw):
             return 0.0, problem
         bounds = parameter.bounds

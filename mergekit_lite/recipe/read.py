@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,30 @@ _LATER = {
     "pad_to_multiple_of": "padding the vocabulary is not supported yet",
     "lora": "write the adapter into 'model' (base+adapter), or list it under 'adapters'",
 }
+
+
+_ELSEWHERE = {
+    "model_stock": "linear",
+    "karcher": "slerp",
+    "nuslerp": "slerp",
+    "multislerp": "slerp",
+    "nearswap": "slerp",
+    "arcee_fusion": "ties",
+    "breadcrumbs": "task_arithmetic",
+    "breadcrumbs_ties": "ties",
+    "della": "dare_ties",
+    "della_linear": "dare_linear",
+    "sce": "ties",
+    "ram": "ties",
+}
+"""Methods of mergekit that pack does not have yet, and the nearest one that it has."""
+
+_TYPE_WORDS = {
+    "bf16": "bfloat16", "fp16": "float16", "half": "float16", "f16": "float16",
+    "fp32": "float32", "float": "float32", "f32": "float32", "fp64": "float64",
+    "double": "float64",
+}  # fmt: skip
+_KEY_WORDS = {"random_seed": "seed", "base": "base_model", "method": "merge_method"}
 
 
 def read_recipe(
@@ -58,6 +83,7 @@ def parse_recipe(
     if not isinstance(document.data, dict):
         raise RecipeError(source, [document.mistake((), "a recipe is a mapping of keys to values")])
     mistakes: list[Mistake] = []
+    known = frozenset(name for each in methods.values() for name in each.parameters)
     data = _in_one_line(document, mistakes)
     data["merge_method"] = _method(document, methods, aliases, method)
     data.setdefault("name", name)
@@ -65,7 +91,7 @@ def parse_recipe(
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        mistakes += [_translate(document, detail) for detail in error.errors()]
+        mistakes += [_translate(document, detail, known) for detail in error.errors()]
     schema = methods[data["merge_method"]]
     settings, wrong = _settings(document, data["merge_method"], schema)
     mistakes += wrong
@@ -84,6 +110,8 @@ def _in_one_line(document: Document, mistakes: list[Mistake]) -> dict[str, Any]:
     places: list[tuple[Place, dict[str, Any], str]] = [((), data, "base_model")]
     places += [(at, entry, "model") for at, entry, of_model in _sections(data) if of_model]
     for at, entry, key in places:
+        if isinstance(entry.get(key), str):
+            entry[key] = _plain_path(entry[key])
         value, place = entry.get(key), (*at, key)
         if isinstance(value, dict):
             entry[key] = _adapted(document, mistakes, place, value) or "?"
@@ -91,6 +119,14 @@ def _in_one_line(document: Document, mistakes: list[Mistake]) -> dict[str, Any]:
             both = {"model": value, "adapters": entry.pop("adapters")}
             entry[key] = _adapted(document, mistakes, at, both) or value
     return data
+
+
+def _plain_path(reference: str) -> str:
+    """A path without what makes two spellings of one: ``./m/base/`` is ``m/base``."""
+    is_path = reference.startswith(("./", "../", "/", "~")) or reference.endswith("/")
+    if "+" in reference or "://" in reference or not (is_path or "//" in reference):
+        return reference
+    return os.path.normpath(reference)
 
 
 def _adapted(
@@ -114,9 +150,7 @@ def _method(document: Document, methods: Methods, aliases: Aliases, wanted: str 
     stated = document.data.get("merge_method")
     known = [*methods, *aliases]
     if wanted is not None and wanted not in known:
-        raise PackError(
-            f"there is no merge method '{wanted}'{nearest(wanted, known)}", "See: pack methods"
-        )
+        raise PackError(_no_method(wanted, known), "See: pack methods")
     if stated is None:
         if wanted is None:
             raise RecipeError(
@@ -126,7 +160,7 @@ def _method(document: Document, methods: Methods, aliases: Aliases, wanted: str 
             )
         return aliases.get(wanted, (wanted,))[0]
     if not isinstance(stated, str) or stated not in known:
-        message = f"there is no merge method {stated!r:.60}{nearest(str(stated), known)}"
+        message = _no_method(stated, known)
         raise RecipeError(
             document.source,
             [document.mistake(("merge_method",), message)],
@@ -149,13 +183,28 @@ def _method(document: Document, methods: Methods, aliases: Aliases, wanted: str 
     return allowed[0]
 
 
-def _translate(document: Document, detail: ErrorDetails) -> Mistake:
+def _no_method(name: object, known: list[str]) -> str:
+    if isinstance(name, str) and name in _ELSEWHERE:
+        return (
+            f"'{name}' is a method of mergekit that pack does not have yet; "
+            f"the nearest one here is '{_ELSEWHERE[name]}'"
+        )
+    return f"there is no merge method {name!r:.60}{nearest(str(name), known)}"
+
+
+def _translate(
+    document: Document, detail: ErrorDetails, parameters: frozenset[str] = frozenset()
+) -> Mistake:
     place = tuple(detail["loc"])
     kind, context = detail["type"], detail.get("ctx", {})
     key = str(place[-1]) if place else ""
     if kind == "extra_forbidden":
         if key in _LATER:
             return document.mistake(place, _LATER[key])
+        if key in parameters:
+            return document.mistake(place, "belongs under 'parameters:', one level deeper")
+        if key in _KEY_WORDS and _KEY_WORDS[key] in _known_keys(place):
+            return document.mistake(place, f"unknown key; did you mean '{_KEY_WORDS[key]}'?")
         return document.mistake(place, f"unknown key{nearest(key, _known_keys(place))}")
     if kind == "missing":
         return document.mistake(place, "is missing")
@@ -257,7 +306,9 @@ def _types(document: Document) -> Iterator[Mistake]:
         dtype = by_config_name(value)
         if dtype is None or not dtype.is_float:
             names = [d.config_name for d in DTYPES.values() if d.is_float]
-            close = nearest(value, names) or f"; known: {', '.join(names)}"
+            meant = _TYPE_WORDS.get(value.lower())
+            close = f"; did you mean '{meant}'?" if meant else nearest(value, names)
+            close = close or f"; known: {', '.join(names)}"
             yield document.mistake((key,), f"unknown floating-point type '{value}'{close}")
 
 

@@ -47,7 +47,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "length of zero": (_file(b""), "not a safetensors file"),
     "a page": (b"<!DOCTYPE html><html><head><title>404</title></head></html>" * 9, "not a safet"),
     "an lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-        "not a safet"),
+        "pointer of Git LFS"),
     "not JSON": (_file(b"{'w': 1}"), "not valid JSON"),
     "an array": (_file(b"[1, 2]"), "does not begin"),
     "leading space": (_file(b' {"w": 1}'), "does not begin"),

@@ -118,6 +118,13 @@ def test_one_seed_one_mask(pack: Callable, tmp_path: Path, models: Path) -> None
     assert 0.3 < changed.mean() < 0.7
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file that another process may remove at any moment."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
+
+
 @pytest.mark.slow
 def test_killed_runs_are_continued_to_the_same_bytes(tmp_path: Path, models: Path) -> None:
     """SIGKILL at ten points; nothing is under the final name until all is there.
@@ -141,9 +148,9 @@ def test_killed_runs_are_continued_to_the_same_bytes(tmp_path: Path, models: Pat
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(seconds * chance.uniform(0.35, 0.95))
         else:
-            before = journal.stat().st_size if journal.exists() else 0
+            before = _size(journal)
             while process.poll() is None:
-                if journal.exists() and journal.stat().st_size > before:
+                if _size(journal) > before:
                     caught += 1
                     break
         process.send_signal(signal.SIGKILL)

@@ -197,3 +197,78 @@ def test_a_result_never_replaces_an_input(pack: Callable, tmp_path: Path, output
     said = ("would be lost", "is not a folder", "which pack did not write")
     assert any(words in ran.err for words in said)
     assert digests(tmp_path) == before
+
+
+def test_the_base_under_two_names(pack: Callable, tmp_path: Path) -> None:
+    """Spellings of one path are one model; a path and another path to it are an error."""
+    random_models(tmp_path)
+    recipe = write_recipe(tmp_path / "r.yaml", "ties", {"./base/": {}, "a": {}}, base_model="base")
+    ran = pack("merge", recipe, "-o", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    lock = json.loads((tmp_path / "out" / "pack.lock").read_text())
+    assert [entry["model"] for entry in lock["inputs"]] == ["a", "base"]
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    recipe = write_recipe(tmp_path / "r.yaml", "ties", {"link": {}, "a": {}}, base_model="base")
+    ran = pack("merge", recipe, "-o", tmp_path / "again")
+    assert ran.code == 1
+    assert "are the same model" in ran.err
+
+
+def test_all_models_that_cannot_be_used(pack: Callable, tmp_path: Path) -> None:
+    random_models(tmp_path)
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", {"a": {}, "bb": {}, "cc": {}})
+    ran = pack("merge", recipe, "-o", tmp_path / "out")
+    assert ran.code == 1
+    assert "2 models cannot be used" in ran.err
+    assert "bb: no such file or folder; did you mean 'b'?" in ran.err
+    assert "cc: no such file or folder; did you mean 'c'?" in ran.err
+
+
+def test_a_typo_below_a_local_folder_asks_no_hub(pack: Callable, tmp_path: Path) -> None:
+    random_models(tmp_path / "models")
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", {"models/a": {}, "models/bbb": {}})
+    ran = pack("merge", recipe, "-o", tmp_path / "out")
+    assert ran.code == 1
+    assert "models/bbb: no such file or folder" in ran.err
+    assert "Hub" not in ran.err
+
+
+def test_what_has_no_effect_is_said(pack: Callable, tmp_path: Path) -> None:
+    random_models(tmp_path)
+    weight = [{"filter": "attn", "value": 1}, {"filter": "up", "value": 0.5}, {"value": 1}]
+    recipe = write_recipe(
+        tmp_path / "r.yaml", "ties", {"base": {"weight": 1}, "a": {"weight": weight}},
+        base_model="base",
+    )  # fmt: skip
+    ran = pack("plan", recipe)
+    assert ran.code == 0, ran.err
+    assert "the filter 'attn' of 'weight' fits no tensor" in ran.out
+    assert "'up'" not in ran.out
+    assert "parameters of the base model base have no effect" in ran.out
+
+
+def test_pointers_and_cache_folders_are_named(pack: Callable, tmp_path: Path) -> None:
+    random_models(tmp_path)
+    (tmp_path / "a" / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    )
+    cache = tmp_path / "models--x--y"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", {"a": {}, cache.name: {}})
+    ran = pack("merge", recipe, "-o", tmp_path / "out")
+    assert ran.code == 1
+    assert "git lfs pull" in ran.err
+    assert "models--x--y/snapshots/abc" in ran.err
+
+
+def test_the_config_is_that_of_a_model_that_has_one(pack: Callable, tmp_path: Path) -> None:
+    random_models(tmp_path)
+    (tmp_path / "a" / "config.json").unlink()
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", {"a": {}, "b": {}})
+    assert pack("merge", recipe, "-o", tmp_path / "out", "-q").code == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+    (tmp_path / "b" / "config.json").unlink()
+    ran = pack("merge", recipe, "-o", tmp_path / "again")
+    assert ran.code == 0
+    assert "no model has a config.json" in ran.err
