@@ -60,6 +60,7 @@ class NewAdapter:
         base: The base that it is for.
         modules: Adapted modules.
         whole: Tensors that are carried whole, by path of the parameter.
+        stored_as: Types of those that are not stored as the factors are, by path.
         others: Paths of the modules of the base that are not adapted but could be; None where
             the base is not known.
         fan_in_fan_out: Whether the adapted layers are Conv1D.
@@ -71,6 +72,7 @@ class NewAdapter:
     base: BaseName
     modules: list[NewModule] = field(default_factory=list)
     whole: dict[str, Array] = field(default_factory=dict)
+    stored_as: dict[str, DType] = field(default_factory=dict)
     others: Sequence[str] | None = None
     fan_in_fan_out: bool = False
     task: str | None = None
@@ -130,6 +132,9 @@ class NewAdapter:
             return sorted(ends)
         return sorted(paths)
 
+    def _type_of(self, name: str) -> DType:
+        return self.stored_as.get(name.removeprefix(_PREFIX), self.dtype)
+
     def file(self) -> tuple[bytes, Any, dict[str, Array]]:
         """The weights' file: the bytes that begin it, its header, and stored tensors by name.
 
@@ -144,10 +149,10 @@ class NewAdapter:
         stored: dict[str, Array] = {}
         for name, values in tensors.items():
             flat = np.ascontiguousarray(values).reshape(-1)
-            out = np.empty(flat.size, self.dtype.storage)
-            encode(flat, self.dtype, out)
+            out = np.empty(flat.size, self._type_of(name).storage)
+            encode(flat, self._type_of(name), out)
             stored[name] = out
-        specs = ((name, self.dtype, values.shape) for name, values in tensors.items())
+        specs = ((name, self._type_of(name), values.shape) for name, values in tensors.items())
         prefix, header = write_header(specs, {"format": "pt"})
         return prefix, header, stored
 

@@ -28,7 +28,7 @@ __all__ = ["command"]
 )  # fmt: skip
 @click.option(
     "--dtype", metavar="TYPE",
-    help="Type of the result of `pack merge adapter`.  [default: the base's]",
+    help="Type of a result without a recipe.  [default: the base's]",
 )  # fmt: skip
 @click.option(
     "--rank", type=click.IntRange(1), metavar="N",
@@ -69,6 +69,7 @@ def command(
     \b
     pack merge [METHOD] RECIPE
     pack merge adapter BASE+ADAPTER     (BASE+0.7*ADAPTER+-0.3*OTHER for weights)
+    pack merge ties BASE+ADAPTER BASE+OTHER BASE+THIRD
 
     METHOD is one of: linear, slerp, ties, dare (dare_linear or dare_ties), task_arithmetic,
     passthrough; see `pack methods`. It fills in the recipe's merge_method, or must agree with it.
@@ -84,11 +85,11 @@ def command(
 
     KNOWN.enabled = not rehash
     check_memory(memory)
-    if words[0] == "adapter" and not Path(words[0]).is_file():
-        recipe, home = _adapter_recipe(words[1:], dtype), Path()
+    if words[0] == "adapter" or (len(words) > 1 and all("+" in word for word in words[1:])):
+        recipe, home = _adapter_recipe(words[0], words[1:], dtype), Path()
     else:
         if dtype is not None:
-            raise click.UsageError("--dtype goes with `pack merge adapter`; a recipe has 'dtype'")
+            raise click.UsageError("--dtype goes with BASE+ADAPTER; a recipe has 'dtype'")
         method, path = split_method(words)
         recipe, home = read_recipe(path, METHODS, ALIASES, method), path.parent
     if recipe.output == "adapters":
@@ -191,20 +192,36 @@ def _merge_adapters(
         )
 
 
-def _adapter_recipe(words: tuple[str, ...], dtype: str | None) -> Recipe:
-    """The recipe that merges adapters into a base and does nothing else."""
+def _adapter_recipe(method: str, words: tuple[str, ...], dtype: str | None) -> Recipe:
+    """The recipe of bases with adapters that stand on the command line.
+
+    Args:
+        method: ``adapter`` for one that is merged into its base, else a merge method.
+        words: BASE+ADAPTER, one or more.
+        dtype: Type of the result; None for the base's.
+    """
     from mergekit_lite.methods import ALIASES, METHODS
     from mergekit_lite.recipe import parse_recipe
     from mergekit_lite.recipe.reference import parse_reference
 
-    if len(words) != 1:
+    if method == "adapter" and len(words) != 1:
         raise click.UsageError("expected one model, for example: pack merge adapter base+adapter")
-    adapters = parse_reference(words[0]).adapters
-    if not adapters:
-        raise click.UsageError(
-            f"'{words[0]}' names no adapter; write BASE+ADAPTER, for example: base+my-lora"
-        )
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(adapters[-1].name).name).strip("-._") or "merged"
-    document = {"models": [{"model": words[0]}]} | ({"dtype": dtype} if dtype else {})
+    references = [parse_reference(word) for word in words]
+    for word, reference in zip(words, references, strict=True):
+        if not reference.adapters:
+            raise click.UsageError(
+                f"'{word}' names no adapter; write BASE+ADAPTER, for example: base+my-lora"
+            )
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(references[-1].adapters[-1].name).name)
+    document: dict[str, object] = {"models": [{"model": word} for word in words]}
+    bases = {reference.base for reference in references}
+    known = METHODS.get(ALIASES.get(method, (method,))[0])
+    if known is not None and known.base and len(bases) == 1:
+        document["base_model"] = bases.pop()
+    if dtype:
+        document["dtype"] = dtype
+    chosen = "passthrough" if method == "adapter" else method
     text = json.dumps(document)
-    return parse_recipe(text, "pack merge adapter", name, METHODS, ALIASES, "passthrough")
+    return parse_recipe(
+        text, f"pack merge {method}", name.strip("-._") or "merged", METHODS, ALIASES, chosen
+    )

@@ -209,19 +209,21 @@ class _Extractor:
         plain = len(places) == 1 and places[0].expert is None
         return places[0].tensor if plain else None
 
-    def _change(self, name: str) -> tuple[Array, Array]:
-        """The fine-tune's tensor and its change, in float64."""
-        tuned = read_float(self._tuned, name).astype(np.float64)
-        change = tuned - read_float(self._base.checkpoint, name)
-        self._total += float(np.vdot(change, change))
+    def _change(self, name: str) -> tuple[Array, Array, float]:
+        """The fine-tune's tensor, its change in float64, and the norm of the base's tensor."""
+        tuned = read_float(self._tuned, name)
+        base = read_float(self._base.checkpoint, name)
+        change = tuned.astype(np.float64)
+        change -= base
+        self._total += _squares(change)
         self._progress.advance(self._size(name))
-        return tuned, change
+        return tuned, change, float(np.linalg.norm(base))
 
     def _layer(self, layer: _Layer, new: NewAdapter) -> Extracted | None:
         """Factor the change of one layer; None if there is none, or it is saved whole."""
-        tuned, change = self._change(layer.tensor)
+        tuned, change, size = self._change(layer.tensor)
         bias = self._bias(layer, new)
-        squares = float(np.vdot(change, change))
+        squares = _squares(change)
         if squares == 0.0 and bias is None:
             return None
         turned = layer.kind != "linear"
@@ -233,20 +235,23 @@ class _Extractor:
             raise PackError(f"'{layer.tensor}' {error.message}", error.hint) from None
         if self._is_embedding(layer) and factored.kept < self._options.save_below:
             self._kept += squares
-            new.whole[f"{layer.path}.weight"] = tuned.astype(np.float32)
+            self._carry(f"{layer.path}.weight", layer.tensor, tuned, new)
             return None
         self._kept += squares * factored.kept
         embedding = layer.kind == "embedding"
         new.modules.append(NewModule(layer.path, factored.a, factored.b, embedding, bias))
-        weight = tuned - change
-        relative = np.sqrt(squares) / max(float(np.linalg.norm(weight)), 1e-300)
-        return Extracted(layer.path, factored, float(relative))
+        return Extracted(layer.path, factored, squares**0.5 / max(size, 1e-300))
+
+    def _carry(self, parameter: str, tensor: str, tuned: Array, new: NewAdapter) -> None:
+        """Carry a tensor whole, in the type in which the fine-tune has it."""
+        new.whole[parameter] = tuned
+        new.stored_as[parameter] = self._tuned.kept_dtype(tensor)
 
     def _bias(self, layer: _Layer, new: NewAdapter) -> Array | None:
         if layer.bias is None:
             return None
-        tuned, change = self._change(layer.bias)
-        self._kept += float(np.vdot(change, change))
+        tuned, change, _ = self._change(layer.bias)
+        self._kept += _squares(change)
         return tuned.astype(np.float32) if change.any() else None
 
     def _is_embedding(self, layer: _Layer) -> bool:
@@ -273,15 +278,18 @@ class _Extractor:
             module = parameter.rpartition(".")[0]
             for name, other in parameters.items():
                 if other.rpartition(".")[0] == module:
-                    whole = read_float(self._tuned, name)
-                    new.whole[other] = whole.astype(np.float32)
+                    self._carry(other, name, read_float(self._tuned, name), new)
 
     def _has_changed(self, name: str) -> bool:
         if not self._tuned.spec(name).dtype.is_float:
             return False
-        _, change = self._change(name)
-        self._kept += float(np.vdot(change, change))
+        _, change, _ = self._change(name)
+        self._kept += _squares(change)
         return bool(change.any())
+
+
+def _squares(values: Array) -> float:
+    return float(np.linalg.norm(values)) ** 2
 
 
 def _task(config: Any) -> str | None:

@@ -166,3 +166,26 @@ def test_the_kernel(shape: tuple[int, int], rank: int, kind: Any) -> None:
             part = slice(row, row + step)
             add_low_rank(cut[part], left[part], right, 0.3, cut[part])
         assert (cut == out).all()
+
+
+def test_several_models_on_the_command_line(
+    pack: Callable, tmp_path: Path, family: tuple[Path, list[Path]]
+) -> None:
+    """`pack merge ties base+a base+b` is the recipe that says so."""
+    base, loras = family
+    words = [f"{base}+{lora}" for lora in loras]
+    recipe = write_recipe(
+        tmp_path / "r.yaml", "ties", {word: {} for word in words}, base_model=str(base)
+    )
+    assert pack("merge", recipe, "-o", tmp_path / "a", "-q").code == 0
+    ran = pack("merge", "ties", *words, "-o", tmp_path / "b", "-q")
+    assert ran.code == 0, ran.err
+    one, other = (digests(tmp_path / n)["model.safetensors"] for n in "ab")
+    assert one == other
+    ran = pack("merge", "linear", words[0], "-o", tmp_path / "c", "-q")
+    assert ran.code == 0, ran.err
+    ran = pack("merge", "tis", *words, "-o", tmp_path / "d")
+    assert ran.code == 1
+    assert "did you mean 'ties'?" in ran.err
+    ran = pack("merge", "adapters", words[0], "-o", tmp_path / "d")
+    assert "there is no merge method 'adapters'" in ran.err
