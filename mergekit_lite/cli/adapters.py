@@ -117,7 +117,7 @@ def _of_recipe(path: Path) -> tuple[str, list[NamedAdapter], Path, str]:
     from mergekit_lite.recipe import read_recipe
     from mergekit_lite.release.adapters import NamedAdapter
 
-    recipe = read_recipe(path, METHODS, ALIASES, None if _names_method(path) else "passthrough")
+    recipe = read_recipe(path, METHODS, ALIASES)
     if recipe.output != "adapters" or recipe.base_model is None or recipe.models is None:
         raise PackError(
             f"{path}: not a recipe for a bundle of adapters",
@@ -125,10 +125,3 @@ def _of_recipe(path: Path) -> tuple[str, list[NamedAdapter], Path, str]:
         )
     adapters = [NamedAdapter(_name_of(e.model), e.model) for e in recipe.models]
     return recipe.base_model, adapters, path.parent, str(recipe.name)
-
-
-def _names_method(path: Path) -> bool:
-    from mergekit_lite.recipe.yaml import load_document, read_text
-
-    data = load_document(read_text(path), str(path)).data
-    return isinstance(data, dict) and "merge_method" in data

@@ -35,6 +35,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Show what RECIPE would do: tensors, methods, bytes, memory. Reads headers only."""
+    from mergekit_lite.errors import PackError
     from mergekit_lite.merge.run import check_memory, default_threads, prepare
     from mergekit_lite.methods import ALIASES, METHODS
     from mergekit_lite.recipe import read_recipe
@@ -42,6 +43,11 @@ def command(
     method, path = split_method(words)
     check_memory(memory)
     recipe = read_recipe(path, METHODS, ALIASES, method)
+    if recipe.output != "model":
+        raise PackError(
+            f"{path}: makes {recipe.output}; a plan is of a whole model",
+            f"See what goes in: pack inspect {path}",
+        )
     prepared = prepare(recipe, path.parent, max(1, shard_size))
     try:
         if as_json:

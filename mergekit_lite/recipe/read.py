@@ -152,6 +152,8 @@ def _method(document: Document, methods: Methods, aliases: Aliases, wanted: str 
     if wanted is not None and wanted not in known:
         raise PackError(_no_method(wanted, known), "See: pack methods")
     if stated is None:
+        if wanted is None and document.data.get("output") == "adapters":
+            return "passthrough"  # nothing is merged
         if wanted is None:
             raise RecipeError(
                 document.source,

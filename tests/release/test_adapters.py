@@ -131,7 +131,13 @@ def test_a_recipe(pack: Callable, tmp_path: Path, family: tuple[Path, list[Path]
     again = pack("adapters", recipe, "-o", tmp_path / "again")
     assert again.code == 0
     assert digests(tmp_path / "again") == digests(tmp_path / "dist" / "bundle" / "adapters")
-    ran = pack("merge", "linear", recipe)
+    ran = pack("inspect", recipe)
+    assert ran.code == 0, ran.err
+    assert "lora-1: adapter, LORA" in ran.out
+    ran = pack("plan", recipe)
+    assert ran.code == 1
+    assert "pack inspect" in ran.err
+    ran = pack("merge", "passthrough", recipe)
     assert ran.code == 2
     assert "pack adapters" in ran.err
 
