@@ -13,7 +13,7 @@ import numpy as np
 from mergekit_lite.adapters.config import AdapterConfig
 from mergekit_lite.adapters.edits import Computed, Edit, LowRank
 from mergekit_lite.adapters.names import ModelNames
-from mergekit_lite.adapters.plan import AdapterPlan, bind
+from mergekit_lite.adapters.plan import AdapterPlan, WholeSet, bind
 from mergekit_lite.adapters.tensors import AdapterTensors
 from mergekit_lite.checkpoint.protocol import Checkpoint, InputFile, Rows, TensorReader, TensorSpec
 from mergekit_lite.dtypes import DTYPES, Array, DType
@@ -36,7 +36,7 @@ class Adapter(Protocol):
 
     @property
     def plan(self) -> AdapterPlan:
-        """What it changes; of an adapter that PEFT computes, edits are empty."""
+        """What it changes; of an adapter that PEFT computes, only what the base has not."""
 
     @property
     def targets(self) -> frozenset[str]:
@@ -75,9 +75,15 @@ class PeftAdapter:
 
         self.config = config
         self.tensors = tensors
-        self.plan = AdapterPlan({}, {}, {})
         self._base = base
         self._foreign = ForeignAdapter(config, tensors, base, names)
+        added = self._foreign.added
+        self.plan = AdapterPlan(
+            {name: (WholeSet(own),) for name, own in added.items()},
+            self._foreign.copied,
+            {name: tensors.spec(own) for name, own in added.items()},
+            self._foreign.notes,
+        )
         self.targets = frozenset(self._foreign.targets)
 
     def edits(self, name: str, origin: str, work: np.dtype[Any]) -> list[Edit]:

@@ -8,9 +8,11 @@ from mergekit_lite.errors import PackError, nearest
 __all__ = [
     "FROM_WHOLE_BASE",
     "MERGED",
+    "ONE_BY_ONE",
     "REFUSED",
     "check_mergeable",
     "is_made_from_base",
+    "is_shaped_by_base",
     "is_streamed",
 ]
 
@@ -43,7 +45,13 @@ REFUSED = {
 }
 """Types that cannot become a part of the base's weights, and why."""
 
-_FROM_BASE = frozenset({"DELORA", "OSF", "PSOFT", "SUPERTUNING", "TINYLORA"})
+_FROM_BASE = frozenset({"ADAMSS", "DELORA", "PSOFT", "SUPERTUNING", "TINYLORA"})
+
+ONE_BY_ONE = frozenset({"OSF"})
+"""Types whose layers decompose their weight and hold all of it; created for a module at a time."""
+
+_SHAPED_BY_BASE = frozenset({"ADAMSS"})
+"""Types that cluster the base's weights, so that these decide what tensors there are."""
 
 FROM_WHOLE_BASE = frozenset({"FROD"})
 """Types that compute a part of themselves from all the weights that they adapt at once."""
@@ -76,6 +84,11 @@ def is_streamed(config: AdapterConfig) -> bool:
 def is_made_from_base(config: AdapterConfig) -> bool:
     """Whether layers compute a part of themselves from the base when they are created."""
     return config.kind in _FROM_BASE | FROM_WHOLE_BASE
+
+
+def is_shaped_by_base(config: AdapterConfig) -> bool:
+    """Whether the shapes of an adapter's tensors cannot be told without the base's weights."""
+    return config.kind in _SHAPED_BY_BASE
 
 
 def check_mergeable(config: AdapterConfig) -> None:

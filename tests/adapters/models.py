@@ -117,6 +117,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def worst(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> float:
     """The largest difference, relative to the largest value of its tensor."""
     assert set(ours) == set(theirs)
+    assert all(torch.isfinite(tensor).all() for tensor in (*ours.values(), *theirs.values()))
     found = {
         name: float((ours[name] - tensor).abs().max() / tensor.abs().max().clamp_min(1e-30))
         for name, tensor in theirs.items()
