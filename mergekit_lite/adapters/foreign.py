@@ -35,6 +35,7 @@ from mergekit_lite.adapters.tensors import read_float
 from mergekit_lite.adapters.types import (
     FROM_WHOLE_BASE,
     ONE_BY_ONE,
+    OUTLINED,
     is_made_from_base,
     is_shaped_by_base,
 )
@@ -126,7 +127,11 @@ class ForeignAdapter:
                 tuner = PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type]
                 kind = self._config.kind
                 self._layers = Layers(
-                    tuner, lender, whole=kind in FROM_WHOLE_BASE, one_by_one=kind in ONE_BY_ONE
+                    tuner,
+                    lender,
+                    whole=kind in FROM_WHOLE_BASE,
+                    one_by_one=kind in ONE_BY_ONE,
+                    outlined=lender is None and kind in OUTLINED,
                 )
                 with self._layers.created(model):
                     self._model = peft.get_peft_model(model, settings)

@@ -26,15 +26,23 @@ class Layers:
         lender: Lends modules their weights meanwhile; None where only shapes matter.
         whole: Whether all layers are computed together, from the whole model.
         one_by_one: Whether layers are to be empty until they are renewed.
+        outlined: Whether layers need not be computed, only their shapes.
     """
 
     def __init__(
-        self, tuner: Any, lender: Lender | None, *, whole: bool = False, one_by_one: bool = False
+        self,
+        tuner: Any,
+        lender: Lender | None,
+        *,
+        whole: bool = False,
+        one_by_one: bool = False,
+        outlined: bool = False,
     ) -> None:
         self._tuner = tuner
         self._lender = lender
         self._whole = whole
         self._one_by_one = one_by_one
+        self._outlined = outlined or one_by_one
         self._again: dict[str, Callable[[], None]] = {}
         self._constants: dict[tuple[Any, ...], list[Any]] = {}
 
@@ -51,6 +59,7 @@ class Layers:
             layer = model.get_submodule(path)
             if self._one_by_one:
                 self._again[path] = again
+            if self._outlined:
                 empty(layer)
             else:
                 self._share_constants(layer)
@@ -71,7 +80,7 @@ class Layers:
         return path in self._again
 
     def _meanwhile(self, module: Any, path: str) -> AbstractContextManager[None]:
-        if self._one_by_one:
+        if self._outlined:
             return _on_meta(module)
         if self._lender is None or self._whole:
             return nullcontext()

@@ -9,6 +9,7 @@ __all__ = [
     "FROM_WHOLE_BASE",
     "MERGED",
     "ONE_BY_ONE",
+    "OUTLINED",
     "REFUSED",
     "check_mergeable",
     "is_made_from_base",
@@ -49,6 +50,9 @@ _FROM_BASE = frozenset({"ADAMSS", "DELORA", "PSOFT", "SUPERTUNING", "TINYLORA"})
 
 ONE_BY_ONE = frozenset({"OSF"})
 """Types whose layers decompose their weight and hold all of it; created for a module at a time."""
+
+OUTLINED = frozenset({"DELORA", "PSOFT", "SUPERTUNING", "TINYLORA"})
+"""Types that decompose every weight, which is not done for shapes alone."""
 
 _SHAPED_BY_BASE = frozenset({"ADAMSS"})
 """Types that cluster the base's weights, so that these decide what tensors there are."""

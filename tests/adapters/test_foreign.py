@@ -176,6 +176,28 @@ def test_tied_embeddings_give_the_logits_of_the_adapter_beside_its_base(
     assert (plain - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
+def test_a_weight_and_two_adapters_of_a_tied_output(pack: Callable, tmp_path: Path) -> None:
+    """base + Σ weight · (what PEFT merges into the output of an untied base - base)."""
+    base = save_base(tmp_path / "base", "llama", **TIED)
+    untied = load_base(base)
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    untied.save_pretrained(tmp_path / "untied")
+    before = tensors_of(tmp_path / "untied")
+    expected = {name: tensor.clone() for name, tensor in before.items()}
+    keys = {"r": 4, "target_modules": ["lm_head", "q_proj"]}
+    for number, (kind, weight) in enumerate({"LOHA": 0.5, "LOKR": -2.0}.items()):
+        adapter = _save(tmp_path / kind, load_base(base), base, kind, seed=number, **keys)
+        theirs = peft_merged(tmp_path / "untied", adapter, tmp_path / f"theirs {kind}")
+        for name in expected:
+            expected[name] += weight * (theirs[name] - before[name])
+    reference = f"{base}+0.5*{tmp_path}/LOHA+-2*{tmp_path}/LOKR"
+    ran = pack("merge", "adapter", reference, "-o", tmp_path / "ours", "--dtype", "float32")
+    assert ran.code == 0, ran.err
+    assert "'lm_head.weight' becomes a tensor of its own" in ran.err + ran.out
+    assert worst(tensors_of(tmp_path / "ours"), expected) <= 1e-5
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_that_were_saved_beside_the_adapter(
     pack: Callable, tmp_path: Path, tied: bool
