@@ -43,8 +43,8 @@ _SCALED = {
 _EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte", "mixtral": "embed_tokens"}
 
 BY_LINEAR_ONLY = frozenset({
-    "BEFT", "BOFT", "C3A", "DELORA", "GLORA", "HRA", "LOHA", "LOKR", "MISS", "OFT", "PEANUT",
-    "PSOFT", "ROAD", "SHIRA", "SUPERTUNING",
+    "ADAMSS", "BEFT", "BOFT", "C3A", "DELORA", "GLORA", "HRA", "LOHA", "LOKR", "MISS", "OFT",
+    "PEANUT", "PSOFT", "ROAD", "SHIRA", "SUPERTUNING",
 })  # fmt: skip
 """Types that PEFT does not put on Conv1D layers."""
 
