@@ -2,70 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, nan, sqrt
+from functools import cached_property
 
 import numpy as np
 
+from mergekit_lite.analyse.sums import Sums
 from mergekit_lite.checkpoint.layers import Layer, map_layers
 from mergekit_lite.checkpoint.protocol import Checkpoint, Rows, TensorReader, TensorSpec
 from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import PackError
 from mergekit_lite.kernels.cast import decode
-from mergekit_lite.kernels.differ import COLUMNS, compare
+from mergekit_lite.kernels.differ import compare
 from mergekit_lite.merge.run import Progress
 from mergekit_lite.merge.stream import Job, run_jobs
 
-__all__ = ["Diff", "Sums", "TensorDiff", "compare_models", "total"]
+__all__ = ["Diff", "Group", "TensorDiff", "compare_models"]
 
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over some elements of a base and ``n`` models, from which everything else follows.
-
-    Attributes:
-        elements: How many.
-        each: ``(n, 5)``, see `mergekit_lite.kernels.differ.COLUMNS`.
-        pairs: ``(n, n)``, products of the changes of two models, above the diagonal.
-        common: ``(3,)``: squares of the base, elements that two or more changed, in how many of
-            these they disagree in sign.
-    """
-
-    elements: int
-    each: Array
-    pairs: Array
-    common: Array
-
-    def relative(self, model: int) -> float:
-        """Norm of the change, relative to that of the base; NaN where the base is zero."""
-        size = self.common[0]
-        return sqrt(self.each[model, 0] / size) if size > 0 else nan
-
-    def cosine(self, model: int) -> float:
-        """Cosine between the model and the base; NaN where one is zero."""
-        product = self.common[0] * self.each[model, 2]
-        return float(self.each[model, 1] / sqrt(product)) if product > 0 else nan
-
-    def largest(self, model: int) -> float:
-        """Largest change of an element."""
-        return float(self.each[model, 3])
-
-    def changed(self, model: int) -> float:
-        """Share of the elements that changed."""
-        return float(self.each[model, 4] / self.elements) if self.elements else nan
-
-    def agreement(self, first: int, second: int) -> float:
-        """Cosine between the changes of two models; NaN where one changed nothing."""
-        low, high = sorted((first, second))
-        product = self.each[low, 0] * self.each[high, 0]
-        return float(self.pairs[low, high] / sqrt(product)) if product > 0 else nan
-
-    @property
-    def conflict(self) -> float:
-        """Of the elements that two or more models changed, the share in which signs differ."""
-        return float(self.common[2] / self.common[1]) if self.common[1] else nan
+_HELD_BYTES = 256 * 10**6
+_NUMBERED = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -86,9 +45,38 @@ class TensorDiff:
 
     @property
     def kind(self) -> str:
-        """What it is called in every layer, or its whole name."""
-        name = self.name if self.layer is None else self.layer.rest.lstrip(".")
+        """What it is called in every layer, experts alike; outside the layers, its name."""
+        name = self.name if self.layer is None else _NUMBERED.sub("*", self.layer.rest)[1:]
         return name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one kind: what every layer of a stack has, or one tensor outside.
+
+    Attributes:
+        stack: Prefix of the stack; None outside.
+        kind: See `TensorDiff.kind`.
+        tensors: In the order of the layers.
+    """
+
+    stack: str | None
+    kind: str
+    tensors: Sequence[TensorDiff]
+
+    @cached_property
+    def sums(self) -> Sums:
+        """Over all of them."""
+        return _total(self.tensors)
+
+    @cached_property
+    def layers(self) -> dict[int, Sums]:
+        """By layer; empty outside."""
+        found: dict[int, list[TensorDiff]] = {}
+        for tensor in self.tensors:
+            if tensor.layer is not None:
+                found.setdefault(tensor.layer.index, []).append(tensor)
+        return {index: _total(found[index]) for index in sorted(found)}
 
 
 @dataclass(frozen=True)
@@ -98,22 +86,69 @@ class Diff:
     Attributes:
         base: How the user named the base.
         models: How the user named the models.
-        tensors: Those that all have in one shape, sorted.
+        tensors: Those that all have in one shape, by stack and layer.
         others: Why other tensors were left out, by name.
+        notes: What a reader should know.
     """
 
     base: str
     models: Sequence[str]
     tensors: Sequence[TensorDiff]
     others: Mapping[str, str]
+    notes: Sequence[str] = ()
 
-    @property
-    def kinds(self) -> dict[str, list[TensorDiff]]:
-        """Tensors of the layers by kind, in the order of a layer; others by their names."""
-        found: dict[str, list[TensorDiff]] = {}
+    @cached_property
+    def sums(self) -> Sums:
+        """Over all tensors."""
+        return _total(self.tensors)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Kinds of tensors, stack by stack; what is outside stands where its name sorts."""
+        found: dict[tuple[str | None, str], list[TensorDiff]] = {}
         for tensor in self.tensors:
-            found.setdefault(tensor.kind, []).append(tensor)
-        return found
+            stack = tensor.layer.prefix if tensor.layer else None
+            found.setdefault((stack, tensor.kind if stack else tensor.name), []).append(tensor)
+        return [Group(stack, tensors[0].kind, tensors) for (stack, _), tensors in found.items()]
+
+    @cached_property
+    def stacks(self) -> list[str]:
+        """Prefixes of the stacks."""
+        return list(dict.fromkeys(g.stack for g in self.groups if g.stack is not None))
+
+    def label(self, group: Group) -> str:
+        """What to call a group, in words that no other group has."""
+        return self._labels[group.stack, group.tensors[0].name]
+
+    @cached_property
+    def _labels(self) -> dict[tuple[str | None, str], str]:
+        """With their stack, or as a whole name, only what would be called alike."""
+        taken = Counter(group.kind for group in self.groups)
+        several = len(self.stacks) > 1
+        labels = {}
+        for group in self.groups:
+            name, label = group.tensors[0].name, group.kind
+            if group.stack is None and taken[group.kind] > 1:
+                label = name
+            elif group.stack is not None and (several or taken[group.kind] > 1):
+                label = f"{group.stack}*.{group.kind}"
+            labels[group.stack, name] = label
+        return labels
+
+    def not_finite(self) -> list[tuple[str, str, int]]:
+        """Tensors that hold NaN or infinity: of which model, name, how many elements."""
+        columns: list[tuple[int | None, str]] = [(None, self.base), *enumerate(self.models)]
+        return [
+            (label, tensor.name, count)
+            for tensor in self.tensors
+            for model, label in columns
+            if (count := tensor.sums.not_finite(model))
+        ]
+
+
+def _total(tensors: Sequence[TensorDiff]) -> Sums:
+    models = len(tensors[0].sums.each)
+    return Sums.over(models, [tensor.sums for tensor in tensors])
 
 
 def compare_models(
@@ -124,6 +159,8 @@ def compare_models(
     progress: Progress,
 ) -> Diff:
     """Compare models with their base.
+
+    Memory does not depend on the models' size: each thread holds one chunk of every model.
 
     Args:
         base: What they are compared with.
@@ -138,19 +175,16 @@ def compare_models(
     every = [base, *models]
     common, others = _common(every, names)
     if not common:
-        raise PackError(
-            "the models have no tensor in common",
-            "Compare models of one architecture; see: pack inspect",
-        )
+        raise PackError(_nothing_common(others), "See what each of them is: pack inspect PATH")
     layers = map_layers(common, base.config)
-    progress.begin("Compare", sum(base.spec(name).nbytes for name in common))
+    progress.begin("Compare", sum(model.spec(name).nbytes for model in every for name in common))
     results: dict[str, Sums] = {}
-    run_jobs(_jobs(common, every, results), threads, 256 * 10**6, progress.advance, lambda: None)
+    run_jobs(_jobs(common, every, results), threads, _HELD_BYTES, progress.advance)
     tensors = [
         TensorDiff(name, layers.layers.get(name), base.spec(name).shape, results[name])
         for name in sorted(common, key=lambda n: _order(n, layers.layers.get(n)))
     ]
-    return Diff(names[0], names[1:], tensors, others)
+    return Diff(names[0], names[1:], tensors, others, _notes(every, names, common))
 
 
 def _order(name: str, layer: Layer | None) -> tuple[str, int, str]:
@@ -176,12 +210,42 @@ def _common(every: Sequence[Checkpoint], names: Sequence[str]) -> tuple[list[str
     return common, others
 
 
-class _Together(TensorReader):
-    """One tensor of several models, each row after row."""
+def _nothing_common(others: Mapping[str, str]) -> str:
+    """Why nothing can be compared, with the first tensor as an example."""
+    example = next(iter(others.items()), None)
+    text = "the models have no tensor in common"
+    return f"{text} (of {len(others)}; '{example[0]}' {example[1]})" if example else text
 
-    def __init__(self, readers: Sequence[TensorReader]) -> None:
+
+def _notes(every: Sequence[Checkpoint], names: Sequence[str], common: Sequence[str]) -> list[str]:
+    """Models whose tensors are stored in another type, so that rounding counts as change."""
+    base, notes = every[0], []
+    for model, label in zip(every[1:], names[1:], strict=True):
+        pairs = [(base.kept_dtype(n).name, model.kept_dtype(n).name) for n in common]
+        other = [pair for pair in pairs if pair[0] != pair[1]]
+        if other:
+            notes.append(
+                f"{len(other)} of {len(common)} tensors are {other[0][0]} in {names[0]} and "
+                f"{other[0][1]} in {label}: rounding counts as change"
+            )
+    quantized = [n for n, m in zip(names, every, strict=True) if m.config.get(_QUANTIZED)]
+    if quantized:
+        notes.append(f"{', '.join(quantized)}: quantized; stored values are compared as they are")
+    return notes
+
+
+_QUANTIZED = "quantization_config"
+
+
+class _Together(TensorReader):
+    """One tensor of several models, the same rows of all."""
+
+    def __init__(self, readers: Sequence[TensorReader], local: threading.local) -> None:
         self.spec: TensorSpec = readers[0].spec
         self.readers = readers
+        double = any(reader.spec.dtype.name == "F64" for reader in readers)
+        self._work = np.dtype(np.float64 if double else np.float32)
+        self._local = local
 
     @property
     def passes(self) -> int:  # type: ignore[override]
@@ -200,17 +264,41 @@ class _Together(TensorReader):
             if index < reader.passes:
                 reader.settle(index)
 
+    def gather(self, rows: Rows) -> Array:
+        """Decode rows of all: ``(models, elements)``, valid until this thread gathers again.
+
+        float32, or float64 where one of the models is stored so.
+        """
+        count = rows.size * self.spec.columns
+        values = self._buffer("values", len(self.readers) * count, self._work)
+        values = values.reshape(len(self.readers), count)
+        for reader, target in zip(self.readers, values, strict=True):
+            dtype = reader.spec.dtype
+            if dtype.storage == self._work:
+                reader.read(rows, target)
+            else:
+                stored = self._buffer("stored", count, dtype.storage)
+                reader.read(rows, stored)
+                decode(stored, dtype, target)
+        return values
+
     def read(self, rows: Rows, out: Array) -> None:
-        """Decode rows of all: ``out`` is ``(models, elements)`` float32."""
-        for i, reader in enumerate(self.readers):
-            stored = np.empty(out.shape[1], reader.spec.dtype.storage)
-            reader.read(rows, stored)
-            decode(stored, reader.spec.dtype, out[i])
+        """Not that of one tensor; see `gather`."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Close all."""
         for reader in self.readers:
             reader.close()
+
+    def _buffer(self, role: str, count: int, dtype: np.dtype[np.generic]) -> Array:
+        """This thread's own memory, grown where it is too small."""
+        held: Array | None = getattr(self._local, role, None)
+        size = count * dtype.itemsize
+        if held is None or held.nbytes < size:
+            held = np.empty(size // 8 + 1, np.float64)
+            setattr(self._local, role, held)
+        return held.view(np.uint8)[:size].view(dtype)
 
 
 class _CompareJob(Job):
@@ -219,58 +307,33 @@ class _CompareJob(Job):
     def __init__(self, name: str, reader: _Together, results: dict[str, Sums]) -> None:
         super().__init__(reader)
         self._name = name
+        self._together = reader
         self._results = results
-        self._parts: dict[int, tuple[Array, Array, Array]] = {}
-        self._lock = threading.Lock()
-        if not self.chunks:
-            results[name] = self._sum()
+        self._parts: dict[int, Sums] = {}
 
     def finish(self, rows: Rows) -> None:
-        count = rows.size * self.reader.spec.columns
-        models = len(self.reader.readers) - 1  # type: ignore[attr-defined]
-        values = np.empty((models + 1, count), np.float32)
-        self.reader.read(rows, values)
-        part = np.zeros((models, COLUMNS)), np.zeros((models, models)), np.zeros(3)
-        compare(values[1:], values[0], *part)
-        with self._lock:
-            self._parts[rows.start] = part
+        values = self._together.gather(rows)
+        part = Sums.empty(len(values) - 1)
+        compare(values[1:], values[0], part.each, part.pairs, part.common)
+        self._parts[rows.start] = part
 
     def done(self) -> None:
-        self._results[self._name] = self._sum()
+        parts = [self._parts[start] for start in sorted(self._parts)]
+        total = Sums.over(len(self._together.readers) - 1, parts)
+        elements = self.reader.spec.elements
+        self._results[self._name] = Sums(elements, total.each, total.pairs, total.common)
 
-    def _sum(self) -> Sums:
-        models = len(self.reader.readers) - 1  # type: ignore[attr-defined]
-        every = [self._parts[start] for start in sorted(self._parts)]
-        return _added(self.reader.spec.elements, models, every)
-
-
-def _added(elements: int, models: int, parts: Sequence[tuple[Array, Array, Array]]) -> Sums:
-    each, pairs, common = np.zeros((models, COLUMNS)), np.zeros((models, models)), np.zeros(3)
-    for own, products, shared in parts:
-        largest = np.where(np.isnan(own[:, 3]), nan, np.maximum(each[:, 3], own[:, 3]))
-        each += own
-        each[:, 3] = largest
-        pairs += products
-        common += shared
-    return Sums(elements, each, pairs, common)
-
-
-def total(tensors: Sequence[TensorDiff]) -> Sums:
-    """The sums of several tensors as one."""
-    models = tensors[0].sums.each.shape[0]
-    parts = [(t.sums.each, t.sums.pairs, t.sums.common) for t in tensors]
-    return _added(sum(t.sums.elements for t in tensors), models, parts)
+    def input_bytes(self, rows: Rows) -> int:
+        """Bytes of all models."""
+        width = sum(reader.spec.dtype.itemsize for reader in self._together.readers)
+        return rows.size * self.reader.spec.columns * width
 
 
 def _jobs(
     names: Sequence[str], every: Sequence[Checkpoint], results: dict[str, Sums]
 ) -> Iterator[Job]:
+    local = threading.local()
     for name in names:
         for model in every:
             model.prefetch(name)
-        yield _CompareJob(name, _Together([model.open(name) for model in every]), results)
-
-
-def number(value: float) -> float | None:
-    """A number for JSON, which has no NaN and no infinity."""
-    return value if isfinite(value) else None
+        yield _CompareJob(name, _Together([model.open(name) for model in every], local), results)

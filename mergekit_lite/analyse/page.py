@@ -2,203 +2,219 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 
-from mergekit_lite.analyse.diff import Diff, Sums, TensorDiff, total
+from mergekit_lite.analyse.colour import VIRIDIS, colour_at, is_light
+from mergekit_lite.analyse.diff import Diff, Group
+from mergekit_lite.analyse.summary import agreement, headline, modules, share, short, tensors
+from mergekit_lite.analyse.sums import Sums
+from mergekit_lite.errors import PackError
 from mergekit_lite.resources import resource_folder
+from mergekit_lite.text import plain
 
-__all__ = ["diff_page"]
+__all__ = ["check_page", "diff_page"]
 
-_VIRIDIS = (
-    (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129),
-    (92, 200, 99), (170, 220, 50), (253, 231, 37),
-)  # fmt: skip
-"""Nine steps of viridis (van der Walt and Smith, 2015), whose lightness rises evenly."""
+_MARK = '<meta name="generator" content="pack diff">'
+_FEW, _MANY = 12, 40
+_SHOWN = 200
+
+Measure = Callable[[Sums], float | None]
 
 
 @dataclass(frozen=True)
 class _Cell:
-    text: str
+    """One layer of one module; its kind is ``dark``, ``light``, ``nan`` or ``none``."""
+
+    kind: str
     colour: str
-    ink: str
-
-
-@dataclass(frozen=True)
-class _Row:
-    name: str
-    cells: Sequence[_Cell | None]
+    text: str
+    exact: str
 
 
 @dataclass(frozen=True)
 class _Map:
+    """One heat map: rows of cells by name; None where a layer has no such module."""
+
     title: str
-    unit: str
-    low: str
-    high: str
-    rows: Sequence[_Row]
+    rows: Mapping[str, Sequence[_Cell | None]]
 
 
 @dataclass(frozen=True)
-class _Line:
-    """One line of the table of totals."""
+class _Section:
+    """Maps of one measure on one scale, so that they can be compared with each other."""
 
-    name: str
-    cells: Sequence[str]
+    title: str
+    about: str
+    low: str
+    high: str
+    maps: Sequence[_Map]
+    folded: bool
+
+    @property
+    def marks(self) -> set[str]:
+        """Kinds of cells that there are, for the legend."""
+        rows = [row for each in self.maps for row in each.rows.values()]
+        return {cell.kind for row in rows for cell in row if cell}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One measure of a stack's groups, by what each map is called."""
+
+    title: str
+    about: str
+    measures: Mapping[str, Measure]
+    write: Callable[[float | None], str]
+    from_zero: bool = True
+    folded: bool = False
+
+
+def check_page(path: Path, force: bool) -> None:
+    """Refuse a place where the page cannot be written, before any weight is read.
+
+    Raises:
+        PackError: Something is there that is no page of ours, or is one and ``force`` was not
+            given; or no folder can be made there.
+    """
+    if os.path.lexists(path):
+        if not force:
+            raise PackError(f"{path}: already exists", "Replace it with --force.")
+        with path.open("rb") as file:
+            if _MARK.encode() not in file.read(4096):
+                raise PackError(
+                    f"{path}: is not a page of pack diff, and --force replaces only those",
+                    "Give another name, or remove the file yourself.",
+                )
+    folder = next(p for p in path.absolute().parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise PackError(f"{folder}: no file can be written there", "Give another name to --html.")
 
 
 def diff_page(diff: Diff) -> str:
     """Render a comparison.
 
     Returns:
-        HTML that loads nothing from elsewhere; names are escaped.
+        HTML that loads nothing from elsewhere; names are escaped and without control characters.
     """
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(resource_folder("templates")),
         undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: plain(value) if type(value) is str else value,
     )  # fmt: skip
-    stacks = _stacks(diff)
-    maps = [
-        [
-            _map(tensors, f"Change of {model}", "of the base's norm",
-                 _relative(i), zero=True)
-            for i, model in enumerate(diff.models)
-        ]
-        + [
-            _map(tensors, f"Cosine of {model} to the base", "", _cosine(i), zero=False)
-            for i, model in enumerate(diff.models)
-        ]
-        + (
-            [_map(tensors, "Signs that disagree",
-                  "of the elements that two or more changed", lambda s: s.conflict, zero=True)]
-            if len(diff.models) > 1
-            else []
-        )
-        for tensors in stacks.values()
-    ]  # fmt: skip
-    layers = [1 + max(t.layer.index for t in tensors if t.layer) for tensors in stacks.values()]
+    several = len(diff.models) > 1
+    outside = tensors(diff, outside=True)
     return environment.get_template("diff.html.jinja").render(
+        title=f"{', '.join(diff.models)} against {diff.base}",
         base=diff.base,
         models=diff.models,
-        stacks=[
-            {"prefix": prefix, "layers": count, "maps": own}
-            for (prefix, _), count, own in zip(stacks.items(), layers, maps, strict=True)
-        ],
-        totals=_totals(diff),
-        agreement=_agreement(diff),
-        outside=_outside(diff),
-        left_out=sorted(diff.others.items()),
-        scale=", ".join(f"rgb{colour}" for colour in _VIRIDIS),
+        lines=headline(diff),
+        notes=[*diff.notes, *_warnings(diff)],
+        modules=modules(diff),
+        agreement=agreement(diff) if several else None,
+        outside=outside if outside.rows else None,
+        stacks=[_stack(diff, prefix) for prefix in diff.stacks],
+        left_out=list(diff.others.items())[:_SHOWN],
+        left_out_more=max(0, len(diff.others) - _SHOWN),
+        scale=", ".join(f"rgb({r},{g},{b})" for r, g, b in VIRIDIS),
     )
 
 
-def _relative(model: int) -> Callable[[Sums], float]:
-    return lambda sums: sums.relative(model)
+def _warnings(diff: Diff) -> list[str]:
+    broken = diff.not_finite()
+    return [
+        f"'{name}' of {label} holds {count} elements that are NaN or infinite"
+        for label, name, count in broken[:20]
+    ] + ([f"… and {len(broken) - 20} more tensors"] if len(broken) > 20 else [])
 
 
-def _cosine(model: int) -> Callable[[Sums], float]:
-    return lambda sums: sums.cosine(model)
+def _stack(diff: Diff, prefix: str) -> dict[str, object]:
+    groups = [group for group in diff.groups if group.stack == prefix]
+    layers = 1 + max(index for group in groups for index in group.layers)
+    size = "few" if layers <= _FEW else "many" if layers > _MANY else "some"
+    sections = [_section(kind, groups, layers) for kind in _kinds(diff)]
+    return {"prefix": prefix, "layers": layers, "size": size, "sections": sections}
 
 
-def _stacks(diff: Diff) -> dict[str, list[TensorDiff]]:
-    found: dict[str, list[TensorDiff]] = {}
-    for tensor in diff.tensors:
-        if tensor.layer is not None:
-            found.setdefault(tensor.layer.prefix, []).append(tensor)
-    return found
-
-
-def _map(
-    tensors: Sequence[TensorDiff],
-    title: str,
-    unit: str,
-    value: Callable[[Sums], float],
-    *,
-    zero: bool,
-) -> _Map:
-    """One heat map; its scale begins at zero or at the least value."""
-    values = [v for t in tensors if isfinite(v := value(t.sums))]
-    low = 0.0 if zero else min(values, default=0.0)
-    high = max(values, default=1.0)
-    count = 1 + max(t.layer.index for t in tensors if t.layer)
-    rows: dict[str, list[_Cell | None]] = {}
-    for tensor in tensors:
-        if tensor.layer is None:
-            continue
-        cells = rows.setdefault(tensor.kind, [None] * count)
-        found = value(tensor.sums)
-        cells[tensor.layer.index] = _cell(found, low, high)
-    return _Map(title, unit, _text(low), _text(high), [_Row(n, c) for n, c in rows.items()])
-
-
-def _cell(value: float, low: float, high: float) -> _Cell:
-    if not isfinite(value):
-        return _Cell("NaN", "transparent", "inherit")
-    at = (value - low) / (high - low) if high > low else 0.0
-    at = min(1.0, max(0.0, at)) * (len(_VIRIDIS) - 1)
-    step = min(int(at), len(_VIRIDIS) - 2)
-    mixed = [
-        round(a + (b - a) * (at - step))
-        for a, b in zip(_VIRIDIS[step], _VIRIDIS[step + 1], strict=True)
-    ]
-    light = 0.299 * mixed[0] + 0.587 * mixed[1] + 0.114 * mixed[2] > 130
-    red, green, blue = mixed
-    return _Cell(_text(value), f"rgb({red},{green},{blue})", "#000" if light else "#fff")
-
-
-def _text(value: float) -> str:
-    if not isfinite(value):
-        return "-"
-    return f"{value:.4g}"
-
-
-def _cosine_text(value: float) -> str:
-    return f"{value:.5f}" if isfinite(value) else "-"
-
-
-def _totals(diff: Diff) -> list[_Line]:
-    """Kinds of modules with their sums over all layers."""
-    lines = []
-    for kind, tensors in [("all tensors", list(diff.tensors)), *diff.kinds.items()]:
-        sums = total(tensors)
-        cells = [str(len(tensors))]
-        for i in range(len(diff.models)):
-            cells += [_text(sums.relative(i)), _cosine_text(sums.cosine(i))]
-        if len(diff.models) > 1:
-            cells.append(_text(sums.conflict))
-        lines.append(_Line(kind, cells))
-    return lines
-
-
-def _agreement(diff: Diff) -> list[_Row]:
-    """Cosines between the changes of the models, a square matrix; empty for one model."""
+def _kinds(diff: Diff) -> Iterator[_Kind]:
+    """What is shown of every stack."""
     models = range(len(diff.models))
-    if len(models) < 2:
-        return []
-    sums = total(diff.tensors)
-    return [
-        _Row(
-            diff.models[i],
-            [_cell(1.0 if i == k else sums.agreement(i, k), -1.0, 1.0) for k in models],
-        )
-        for i in models
-    ]
+    names = [f"{i + 1}  {diff.models[i]}" if models[1:] else diff.models[i] for i in models]
+
+    def each(measure: Callable[[Sums, int], float | None]) -> dict[str, Measure]:
+        return {names[i]: _of(measure, i) for i in models}
+
+    yield _Kind("Change", "norm of what changed, relative to the norm of the base",
+                each(Sums.relative), share)  # fmt: skip
+    if models[1:]:
+        yield _Kind("Signs that disagree", "share of the elements that two or more models changed",
+                    {"all models": lambda sums: sums.conflict}, share)  # fmt: skip
+        pairs = [(i, k) for i in models for k in models if i < k]
+        yield _Kind(
+            "Cosine between changes", "1: the same direction, 0: unrelated, −1: opposite",
+            {f"{names[i]}  and  {names[k]}": _between(i, k) for i, k in pairs}, short,
+            folded=len(pairs) > 3,
+        )  # fmt: skip
+    yield _Kind("Cosine to the base", "1: only the length changed, if anything",
+                each(Sums.cosine), lambda v: short(v) if v is None or v < 0.9995 else f"{v:.5f}",
+                from_zero=False, folded=len(models) > 1)  # fmt: skip
+    yield _Kind("Elements that changed", "share of all", each(Sums.changed), share, folded=True)
 
 
-def _outside(diff: Diff) -> list[_Line]:
-    """Tensors outside the layers."""
-    return [
-        _Line(
-            tensor.name,
-            [
-                text
-                for i in range(len(diff.models))
-                for text in (_text(tensor.sums.relative(i)), _cosine_text(tensor.sums.cosine(i)))
-            ],
-        )
-        for tensor in diff.tensors
-        if tensor.layer is None
+def _of(measure: Callable[[Sums, int], float | None], model: int) -> Measure:
+    return lambda sums: measure(sums, model)
+
+
+def _between(first: int, second: int) -> Measure:
+    return lambda sums: sums.agreement(first, second)
+
+
+def _section(kind: _Kind, groups: Sequence[Group], layers: int) -> _Section:
+    """Compute all maps of a measure, and lay one scale over them."""
+    found = {
+        title: {
+            group.kind: {index: measure(sums) for index, sums in group.layers.items()}
+            for group in groups
+        }
+        for title, measure in kind.measures.items()
+    }
+    values = [
+        value
+        for rows in found.values()
+        for cells in rows.values()
+        for value in cells.values()
+        if value is not None and isfinite(value)
     ]
+    low = min([0.0, *values]) if kind.from_zero else min(values, default=0.0)
+    high = max([low, *values])
+    maps = [
+        _Map(
+            title,
+            {
+                name: [
+                    _cell(cells[i], low, high, kind.write) if i in cells else None
+                    for i in range(layers)
+                ]
+                for name, cells in rows.items()
+            },
+        )
+        for title, rows in found.items()
+    ]
+    return _Section(kind.title, kind.about, kind.write(low), kind.write(high), maps, kind.folded)
+
+
+def _cell(
+    value: float | None, low: float, high: float, write: Callable[[float | None], str]
+) -> _Cell:
+    if value is None:
+        return _Cell("none", "", "", "not defined")
+    if not isfinite(value):
+        return _Cell("nan", "", write(value), "NaN" if value != value else "infinite")
+    colour = colour_at((value - low) / (high - low) if high > low else 0.0)
+    kind = "light" if is_light(colour) else "dark"
+    return _Cell(kind, "#{:02x}{:02x}{:02x}".format(*colour), write(value), f"{value:.7g}")

@@ -16,6 +16,7 @@ import click
 
 import mergekit_lite
 from mergekit_lite.errors import Interrupted, PackError
+from mergekit_lite.text import plain
 
 __all__ = ["main"]
 
@@ -121,9 +122,8 @@ def main() -> None:
 
 def _fail(error: PackError, code: int) -> None:
     click.secho("error: " if code == 1 else "", fg="red", bold=True, nl=False, err=True)
-    click.echo(error.message, err=True)
-    if error.hint:
-        click.echo(error.hint, err=True)
+    for text in filter(None, (error.message, error.hint)):
+        click.echo("\n".join(plain(line) for line in text.split("\n")), err=True)
     sys.exit(code)
 
 

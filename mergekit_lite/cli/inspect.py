@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lite.cli.options import human_bytes
-from mergekit_lite.cli.text import plain
+from mergekit_lite.text import plain
 
 if TYPE_CHECKING:
     from mergekit_lite.analyse.inspect import AdapterView, ModelView
