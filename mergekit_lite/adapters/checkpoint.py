@@ -155,6 +155,12 @@ class AdaptedCheckpoint(Checkpoint):
             return self._added[name].plan.added[name].dtype
         return self._base.kept_dtype(self._copied.get(name, name))
 
+    def file_of(self, name: str) -> str | None:
+        """The base's file, of a tensor that no adapter changes."""
+        if name in self._added or name in self._touched:
+            return None
+        return self._base.file_of(self._copied.get(name, name))
+
     def open(self, name: str) -> TensorReader:
         """Open a tensor; factors are read when its first rows are."""
         if name in self._added:

@@ -130,10 +130,14 @@ class LoraSettings:
         """The rank that the config gives a module."""
         return int(_matching(self.rank_pattern, module, self.rank))
 
+    def alpha_of(self, module: str) -> float:
+        """The alpha that the config gives a module."""
+        return float(_matching(self.alpha_pattern, module, self.alpha))
+
     def scale_of(self, module: str) -> float:
         """What the product of a module's factors is multiplied by."""
         rank = self.rank_of(module)
-        alpha = float(_matching(self.alpha_pattern, module, self.alpha))
+        alpha = self.alpha_of(module)
         return alpha / sqrt(rank) if self.rank_stabilized else alpha / rank
 
     def tokens_of(self, module: str) -> tuple[int, ...] | None:

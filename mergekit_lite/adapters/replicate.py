@@ -57,6 +57,10 @@ class ReplicatedCheckpoint(Checkpoint):
         """What the base keeps."""
         return self._base.kept_dtype(self._origin[name])
 
+    def file_of(self, name: str) -> str | None:
+        """The base's file."""
+        return self._base.file_of(self._origin[name])
+
     def open(self, name: str) -> TensorReader:
         """Open the tensor that it is a replica of."""
         return self._base.open(self._origin[name])

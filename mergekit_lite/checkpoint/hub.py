@@ -1,7 +1,7 @@
 """Models on the Hugging Face Hub: what a reference means, and a snapshot of it on disk.
 
-Weights are fetched whole into the Hub's own cache. Reading byte ranges of remote files belongs
-here too, as another `Checkpoint`; nothing that consumes one would change.
+Weights are fetched whole into the Hub's own cache; for a look at a model, headers alone do (see
+`mergekit_lite.checkpoint.remote`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mergekit_lite.checkpoint.pytorch import pytorch_files
 from mergekit_lite.checkpoint.safetensors import INDEX_NAME, load_json
 from mergekit_lite.errors import PackError
 
-__all__ = ["HubReference", "parse_reference", "snapshot"]
+__all__ = ["HubReference", "explained", "listing", "parse_reference", "snapshot"]
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>(?!.*\.\.)[\w./-]+))?")
 _SMALL = (
@@ -64,6 +65,18 @@ def snapshot(reference: HubReference) -> tuple[Path, str]:
     Raises:
         PackError: There is no such model, no permission, or no network.
     """
+    with explained(reference):
+        folder = _fetch(reference)
+    return folder, folder.name
+
+
+@contextmanager
+def explained(reference: HubReference) -> Iterator[None]:
+    """Turn the Hub's errors into ones that say what to do.
+
+    Raises:
+        PackError: There is no such model, no permission, or no network.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -73,7 +86,7 @@ def snapshot(reference: HubReference) -> tuple[Path, str]:
     )
 
     try:
-        folder = _fetch(reference)
+        yield
     except GatedRepoError:
         raise PackError(
             f"{reference}: access to this model must be granted first",
@@ -93,10 +106,24 @@ def snapshot(reference: HubReference) -> tuple[Path, str]:
             f"{reference}: the download failed ({_first_line(error)})",
             "Run the same command again.",
         ) from None
-    return folder, folder.name
 
 
 def _fetch(reference: HubReference) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder, weights, cached = listing(reference)
+    if not cached:
+        snapshot_download(reference.repo, revision=folder.name, allow_patterns=_exactly(weights))
+    return folder
+
+
+def listing(reference: HubReference) -> tuple[Path, list[str], bool]:
+    """Fetch a model's small files, and say which files hold its weights.
+
+    Returns:
+        The folder, whose name is the commit; names of the weights, of which none was fetched; and
+        whether the Hub could not be asked, so that they are known to be in the cache.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import disable_progress_bars
@@ -109,7 +136,8 @@ def _fetch(reference: HubReference) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
     except (OSError, HTTPError) as error:  # of the HTTP library's errors, some are no OSError
-        return _cached(reference, _first_line(error))
+        folder = _cached(reference, _first_line(error))
+        return folder, _weights(folder, [path.name for path in folder.iterdir()]), True
     files = [sibling.rfilename for sibling in info.siblings or []]
     # Asked for by its name, so that the cache knows the name's commit when the Hub is away.
     folder = Path(
@@ -121,8 +149,7 @@ def _fetch(reference: HubReference) -> Path:
             f"{reference}: holds no weights (*.safetensors or pytorch_model*.bin)",
             "Give the model that it was made from.",
         )
-    snapshot_download(repo, revision=folder.name, allow_patterns=_exactly(weights))
-    return folder
+    return folder, weights, False
 
 
 def _cached(reference: HubReference, why: str) -> Path:

@@ -164,6 +164,14 @@ class Checkpoint(ABC):
         """
         return self.spec(name).dtype
 
+    def file_of(self, name: str) -> str | None:
+        """Name of the file that holds a tensor; None where it is computed."""
+        return None
+
+    def metadata(self) -> Mapping[str, str]:
+        """What its files say of themselves beside their tensors."""
+        return {}
+
     @abstractmethod
     def open(self, name: str) -> TensorReader:
         """Open a tensor for reading by rows."""

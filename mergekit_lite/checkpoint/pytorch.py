@@ -62,11 +62,13 @@ class PytorchCheckpoint(Checkpoint):
         self.config = load_json(config) if config and config.is_file() else {}
         self._files = list(files)
         self._tensors: dict[str, torch.Tensor] = {}
+        self._where: dict[str, str] = {}
         for path in files:
             for name, tensor in _load(path).items():
                 if name in self._tensors:
                     raise FileFormatError(f"{path}: tensor '{name}' is also in another file")
                 self._tensors[name] = tensor
+                self._where[name] = path.name
         self._specs = {name: _spec(name, tensor, label) for name, tensor in self._tensors.items()}
         self._times = [path.stat() for path in files]
 
@@ -77,6 +79,10 @@ class PytorchCheckpoint(Checkpoint):
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a tensor."""
         return self._specs[name]
+
+    def file_of(self, name: str) -> str | None:
+        """Name of the file that holds a tensor."""
+        return self._where[name]
 
     def open(self, name: str) -> TensorReader:
         """Open a tensor for reading by rows."""

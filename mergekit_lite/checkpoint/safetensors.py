@@ -187,6 +187,17 @@ class SafetensorsCheckpoint(Checkpoint):
         entry = self._where[name].header.entries[name]
         return TensorSpec(entry.shape, entry.dtype)
 
+    def file_of(self, name: str) -> str | None:
+        """Name of the shard that holds a tensor."""
+        return self._where[name].name
+
+    def metadata(self) -> Mapping[str, str]:
+        """The ``__metadata__`` of all shards; the first that has a key holds."""
+        found: dict[str, str] = {}
+        for file in self._files:
+            found = {**file.header.metadata, **found}
+        return found
+
     def open(self, name: str) -> TensorReader:
         """Open a tensor for reading by rows."""
         file = self._where[name]

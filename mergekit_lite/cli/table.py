@@ -22,15 +22,19 @@ def window() -> int | None:
 
 
 def table_lines(
-    header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    width: int | None,
+    words: frozenset[int] = frozenset(),
 ) -> Iterator[str]:
-    """Lay out a table: the first column to the left, the others, numbers, to the right.
+    """Lay out a table: names and words to the left, numbers to the right.
 
     Args:
         header: Titles of the columns.
         rows: Cells; control characters in them are replaced.
         width: Columns there are; names in the first column lose their beginning, where they are
             most alike, until the table fits. None to lose nothing.
+        words: Columns beside the first that hold words.
     """
     cells = [[plain(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
@@ -39,14 +43,19 @@ def table_lines(
         widths[0] = min(widths[0], max(_LEAST, width - others))
     for row in cells:
         parts = [_cut(row[0], widths[0]).ljust(widths[0])]
-        parts += [cell.rjust(wide) for cell, wide in zip(row[1:], widths[1:], strict=True)]
+        parts += [
+            row[i].ljust(widths[i]) if i in words else row[i].rjust(widths[i])
+            for i in range(1, len(row))
+        ]
         yield (" " * _GAP).join(parts).rstrip()
 
 
-def echo_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, its titles in bold on a terminal."""
-    for number, line in enumerate(table_lines(header, rows, window())):
-        click.secho(line, bold=number == 0)
+def echo_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], words: frozenset[int] = frozenset()
+) -> None:
+    """Print a table, its titles in bold on a terminal; see `table_lines`."""
+    for number, line in enumerate(table_lines(header, rows, window(), words)):
+        click.echo(line if number else click.style(line, bold=True))
 
 
 def _cut(name: str, width: int) -> str:

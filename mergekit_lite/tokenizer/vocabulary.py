@@ -9,7 +9,7 @@ from pathlib import Path
 from mergekit_lite.checkpoint.safetensors import load_json
 from mergekit_lite.errors import FileFormatError
 
-__all__ = ["TOKENIZER_FILES", "conflicts", "read_vocabulary", "same_files"]
+__all__ = ["TOKENIZER_FILES", "conflicts", "read_vocabulary", "same_files", "vocabulary_of"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,7 +49,8 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
         FileFormatError: A vocabulary file is broken.
     """
     if (folder / "tokenizer.json").is_file():
-        return _from_tokenizer_json(folder / "tokenizer.json")
+        path = folder / "tokenizer.json"
+        return vocabulary_of(load_json(path), path)
     if (folder / "vocab.json").is_file():
         tokens = _ids(load_json(folder / "vocab.json"), folder / "vocab.json")
         if (folder / "added_tokens.json").is_file():
@@ -61,8 +62,12 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
     return None
 
 
-def _from_tokenizer_json(path: Path) -> dict[str, int]:
-    document = load_json(path)
+def vocabulary_of(document: Mapping[str, object], path: Path) -> dict[str, int]:
+    """Tokens and their ids in the contents of a tokenizer.json.
+
+    Raises:
+        FileFormatError: It has no vocabulary, or a broken one; names the path.
+    """
     model = document.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, dict):

@@ -286,3 +286,66 @@ def test_references(text: str, repo: str, revision: str | None) -> None:
 )
 def test_texts_that_are_no_reference(text: str) -> None:
     assert parse_reference(text) is None
+
+
+def test_a_look_fetches_no_weights(hub: HubServer, run: Run, tmp_path: Path) -> None:
+    """Of a model and of a recipe's models, ranges of bytes are asked for; nothing is kept."""
+    random = np.random.default_rng(0)
+    large = {f"layers.0.{i}.w": random.standard_normal((64, 512), np.float32) for i in range(5)}
+    many = {f"layers.0.name-{i:05}.w": np.zeros(1, np.float32) for i in range(4000)}
+    commit = hub.add("org/large", {"config.json": CONFIG, "model.safetensors": save(large)})
+    hub.add("org/many", {"config.json": CONFIG, "model.safetensors": save(many)})
+    ran = run("inspect", "org/large", "--json", "--tensors")
+    assert ran.code == 0, ran.err
+    seen = json.loads(ran.out)
+    assert seen["revision"] == commit
+    assert seen["size"] == sum(tensor.nbytes for tensor in large.values())
+    assert {t["name"]: tuple(t["shape"]) for t in seen["tensor_list"]} == {
+        name: tensor.shape for name, tensor in large.items()
+    }
+    assert json.loads(run("inspect", "org/many", "--json").out)["tensors"] == len(many)
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", {"org/large": {}, "org/many": {}})
+    ran = run("inspect", recipe, "--json")
+    assert [each["problem"] for each in json.loads(ran.out)["inputs"]] == [None, None]
+    cached = sum(path.stat().st_size for path in (tmp_path / "hf").rglob("*") if path.is_file())
+    assert cached < 10_000
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+
+
+def test_a_look_at_what_is_cached_needs_no_hub(hub: HubServer, run: Run, tmp_path: Path) -> None:
+    hub.add("org/model-a", model(1))
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", {"org/model-a": {}})
+    assert run("merge", recipe, "-o", tmp_path / "out").code == 0
+    before = len(hub.requests)
+    assert json.loads(run("inspect", "org/model-a", "--json").out)["tensors"] == len(SHAPES)
+    asked = [path for _, path in hub.requests[before:] if "safetensors" in path]
+    assert asked == []
+    hub.close()
+    assert json.loads(run("inspect", "org/model-a", "--json").out)["tensors"] == len(SHAPES)
+
+
+def test_a_look_that_cannot_be_had(hub: HubServer, run: Run) -> None:
+    hub.add("org/old", {"config.json": CONFIG, "pytorch_model.bin": b"junk"})
+    hub.add("org/cut", model(1))
+    hub.add("org/broken", {"config.json": CONFIG, "model.safetensors": b"\xff" * 64})
+    hub.faults.append(Fault(r"GET /org/cut/resolve/.*safetensors", cut=20))
+    for name, said in (
+        ("org/old", "is a PyTorch file"),
+        ("org/cut", "the download failed"),
+        ("org/broken", "not a safetensors file"),
+        ("org/gone", "neither a folder here nor a model on the Hub"),
+    ):
+        ran = run("inspect", name)
+        assert ran.code == 1
+        assert said in ran.err, ran.err
+
+
+def test_an_adapter_on_the_hub_is_seen(hub: HubServer, run: Run, example_models: Path) -> None:
+    hub.add_folder("org/base", example_models / "base")
+    hub.add_folder("org/lora", example_models / "lora-code")
+    seen = json.loads(run("inspect", "org/lora", "--json").out)
+    assert (seen["kind"], seen["adapter_type"]) == ("adapter", "LORA")
+    assert {group["rank"] for group in seen["modules"]} == {8}
+    ran = run("inspect", "org/base+!org/lora", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["tensors"] == 21

@@ -1,0 +1,69 @@
+"""Opening whatever a user wants to look at, without fetching weights from the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mergekit_lite.adapters.config import CONFIG_NAME
+from mergekit_lite.adapters.locate import is_adapter, open_adapter, open_model, put_on
+from mergekit_lite.checkpoint.hub import parse_reference as parse_hub_reference
+from mergekit_lite.checkpoint.locate import Source, find_local
+from mergekit_lite.checkpoint.remote import look_at_hub
+from mergekit_lite.errors import PackError
+from mergekit_lite.recipe.reference import parse_reference
+
+__all__ = ["holds_adapter", "look_at"]
+
+
+def look_at(reference: str, home: Path) -> Source:
+    """Open a model, an adapter, or a base with adapters; of what is on the Hub, headers only.
+
+    Args:
+        reference: As the user wrote it.
+        home: Folder that relative paths start from; the current folder is tried next.
+
+    Raises:
+        PackError: There is nothing of that name, it is broken, or it is GGUF.
+    """
+    local = find_local(reference, home)
+    if local is not None:
+        _refuse_gguf(local)
+        adapter = is_adapter(reference, home)
+        return open_adapter(reference, home) if adapter else open_model(reference, home)
+    parsed = parse_reference(reference)
+    if parsed.adapters:
+        parts = [look_at(name, home) for name in (parsed.base, *(a.name for a in parsed.adapters))]
+        return put_on(reference, parts[0], parts[1:], parsed.adapters, home)
+    hub = parse_hub_reference(reference)
+    if hub is None or reference.startswith((".", "/", "~")):
+        return open_model(reference, home)  # says that nothing is there, and what is near
+    folder, commit, checkpoint = look_at_hub(hub, reference)
+    return Source(reference, commit, folder, checkpoint)
+
+
+def holds_adapter(source: Source) -> bool:
+    """Whether what was opened is an adapter alone."""
+    folder = source.path
+    return (
+        not source.parts
+        and (folder / CONFIG_NAME).is_file()
+        and not (folder / "config.json").is_file()
+    )
+
+
+def _refuse_gguf(path: Path) -> None:
+    """Say that GGUF is not read yet, instead of that it is no safetensors file.
+
+    Raises:
+        PackError: The file begins as GGUF does, or the folder holds no other weights.
+    """
+    files = [path] if path.is_file() else []
+    if path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        files = sorted(path.glob("*.gguf"))[:1]
+    for file in files:
+        with file.open("rb") as opened:
+            if opened.read(4) == b"GGUF":
+                raise PackError(
+                    f"{file}: is a GGUF file, which pack does not read yet",
+                    "Inspect the model that it was made from.",
+                )
