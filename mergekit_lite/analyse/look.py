@@ -32,8 +32,15 @@ def look_at(reference: str, home: Path) -> Source:
         return open_adapter(reference, home) if adapter else open_model(reference, home)
     parsed = parse_reference(reference)
     if parsed.adapters:
-        parts = [look_at(name, home) for name in (parsed.base, *(a.name for a in parsed.adapters))]
-        return put_on(reference, parts[0], parts[1:], parsed.adapters, home)
+        parts: list[Source] = []
+        try:
+            for name in (parsed.base, *(adapter.name for adapter in parsed.adapters)):
+                parts.append(look_at(name, home))  # noqa: PERF401 (those opened must be closed)
+            return put_on(reference, parts[0], parts[1:], parsed.adapters, home)
+        except BaseException:
+            for part in parts:
+                part.checkpoint.close()
+            raise
     hub = parse_hub_reference(reference)
     if hub is None or reference.startswith((".", "/", "~")):
         return open_model(reference, home)  # says that nothing is there, and what is near
