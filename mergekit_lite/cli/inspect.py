@@ -180,11 +180,13 @@ def _recipe(path: Path, *, as_json: bool) -> None:
         if each.problem:
             click.secho(plain(f"{each.name}: {each.problem}"), fg="yellow")
     click.echo()
-    click.echo(plain(f"What it would do: pack plan {path}"))
+    does = {"adapter": "Run it: pack merge", "adapters": "Run it: pack adapters"}
+    click.echo(plain(f"{does.get(view.output, 'What it would do: pack plan')} {path}"))
 
 
 def _recipe_lines(view: RecipeView) -> Iterator[tuple[str, str]]:
-    yield "method", f"{view.method}, {view.formula}"
+    if view.output != "adapters":
+        yield "method", f"{view.method}, {view.formula}"
     yield "makes", view.output + (f" of {view.slices} slices" if view.slices else "")
     if view.parameters:
         yield "parameters", _settings(view.parameters)
