@@ -3,7 +3,7 @@
 An element is a sum over the rank, taken from the first to the last with fused multiply-adds, each
 rounded once, so that its bits depend on its row of the one factor and its column of the other
 alone: not on how the weight is cut, on threads, or on how wide the machine's vectors are. (A BLAS
-gives other bits for another number of rows.) Four rows and four ranks are taken together, which
+gives other bits for another number of rows.) Eight rows and four ranks are taken together, which
 keeps the arithmetic units, not the memory, busy.
 """
 
@@ -20,7 +20,7 @@ __all__ = ["RANKS", "add_low_rank", "column_squares", "normed_columns", "normed_
 RANKS = 4
 """Ranks that are summed together; factors are padded with zeros to a multiple of it."""
 
-_ROWS = 4
+_ROWS = 8
 _COLUMNS = 512
 _LANES = 8
 
@@ -55,6 +55,7 @@ def add_low_rank(source: Any, left: Any, right: Any, scale: float, out: Any) -> 
     for begin in range(0, columns, _COLUMNS):
         count = min(_COLUMNS, columns - begin)
         s0, s1, s2, s3 = sums[0, :count], sums[1, :count], sums[2, :count], sums[3, :count]
+        s4, s5, s6, s7 = sums[4, :count], sums[5, :count], sums[6, :count], sums[7, :count]
         for row in range(0, rows, _ROWS):
             height = min(_ROWS, rows - row)
             sums[:] = 0
@@ -66,6 +67,10 @@ def add_low_rank(source: Any, left: Any, right: Any, scale: float, out: Any) -> 
                 b10, b11, b12, b13 = b[1, 0], b[1, 1], b[1, 2], b[1, 3]
                 b20, b21, b22, b23 = b[2, 0], b[2, 1], b[2, 2], b[2, 3]
                 b30, b31, b32, b33 = b[3, 0], b[3, 1], b[3, 2], b[3, 3]
+                b40, b41, b42, b43 = b[4, 0], b[4, 1], b[4, 2], b[4, 3]
+                b50, b51, b52, b53 = b[5, 0], b[5, 1], b[5, 2], b[5, 3]
+                b60, b61, b62, b63 = b[6, 0], b[6, 1], b[6, 2], b[6, 3]
+                b70, b71, b72, b73 = b[7, 0], b[7, 1], b[7, 2], b[7, 3]
                 a0 = right[rank, begin : begin + count]
                 a1 = right[rank + 1, begin : begin + count]
                 a2 = right[rank + 2, begin : begin + count]
@@ -76,6 +81,10 @@ def add_low_rank(source: Any, left: Any, right: Any, scale: float, out: Any) -> 
                     s1[j] = _fma(b13, z, _fma(b12, y, _fma(b11, x, _fma(b10, w, s1[j]))))
                     s2[j] = _fma(b23, z, _fma(b22, y, _fma(b21, x, _fma(b20, w, s2[j]))))
                     s3[j] = _fma(b33, z, _fma(b32, y, _fma(b31, x, _fma(b30, w, s3[j]))))
+                    s4[j] = _fma(b43, z, _fma(b42, y, _fma(b41, x, _fma(b40, w, s4[j]))))
+                    s5[j] = _fma(b53, z, _fma(b52, y, _fma(b51, x, _fma(b50, w, s5[j]))))
+                    s6[j] = _fma(b63, z, _fma(b62, y, _fma(b61, x, _fma(b60, w, s6[j]))))
+                    s7[j] = _fma(b73, z, _fma(b72, y, _fma(b71, x, _fma(b70, w, s7[j]))))
             for i in range(height):
                 origin = source[row + i, begin : begin + count]
                 target = out[row + i, begin : begin + count]
