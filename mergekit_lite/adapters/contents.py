@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 
 from mergekit_lite.checkpoint.protocol import Checkpoint
 
-__all__ = ["PREFIX", "LoraContents", "LoraModule", "sort_tensors"]
+__all__ = ["PREFIX", "TIED", "LoraContents", "LoraModule", "sort_tensors"]
 
 PREFIX = "base_model.model."
 """What PEFT's ``save_pretrained`` puts before the path of a module."""
+
+TIED = "tied_output_embedding"
+"""Key in the metadata of a safetensors file: the path of an output embedding of which the adapter
+says what it says of the input embedding, so that a tied model stays tied when it is merged."""
 
 _PARTS = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 from mergekit_lite.adapters.config import AdapterConfig, LoraSettings
-from mergekit_lite.adapters.contents import PREFIX, LoraModule, sort_tensors
+from mergekit_lite.adapters.contents import PREFIX, TIED, LoraModule, sort_tensors
 from mergekit_lite.adapters.edits import Factors
 from mergekit_lite.adapters.plan import (
     AdapterPlan,
@@ -137,7 +137,7 @@ class _Planner:
         only_rows = all(self._settings.tokens_of(path) is not None for path in paths & {
             n.removesuffix(".weight") for n in touched_inputs
         })  # fmt: skip
-        if self._settings.ties:
+        if self._settings.ties or self._tensors.metadata().get(TIED) in outputs:
             self._tied = frozenset(outputs)
             return
         if touched_inputs and not outputs and not only_rows:

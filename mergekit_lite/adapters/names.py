@@ -40,11 +40,17 @@ class ModelNames:
         """The model without weights."""
         return build_empty(self._base)
 
+    def input_embedding(self) -> str | None:
+        """Path of the module that embeds tokens; None if the model has none."""
+        return self._path_of(self.model.get_input_embeddings())
+
     def output_embedding(self) -> str | None:
         """Path of the module that gives the logits; None if the model has none."""
-        head = self.model.get_output_embeddings()
-        paths = [path for path, module in self.model.named_modules() if module is head]
-        return paths[0] if head is not None and paths else None
+        return self._path_of(self.model.get_output_embeddings())
+
+    def _path_of(self, wanted: Any) -> str | None:
+        paths = (path for path, module in self.model.named_modules() if module is wanted)
+        return None if wanted is None else next(paths, None)
 
     @cached_property
     def _loaded(self) -> dict[str, tuple[Part, ...]]:

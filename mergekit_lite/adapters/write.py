@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mergekit_lite.adapters.config import CONFIG_NAME
+from mergekit_lite.adapters.contents import TIED
 from mergekit_lite.checkpoint.header import write_header
 from mergekit_lite.dtypes import DTYPES, Array, DType
 from mergekit_lite.errors import PackError
@@ -23,6 +24,8 @@ __all__ = ["WEIGHTS_NAME", "BaseName", "NewAdapter", "NewModule"]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_NO_TARGETS = "dummy-target-modules"
+"""PEFT's word (``DUMMY_TARGET_MODULES``) for an adapter that only carries tensors whole."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class NewAdapter:
             the base is not known.
         fan_in_fan_out: Whether the adapted layers are Conv1D.
         task: PEFT's ``task_type``; None if not known.
-        ties: Whether what is said of the input embedding holds for the output embedding too.
+        tied: Paths of the input embedding and of the output embedding that shares its tensor in
+            the base and in the result; None where there is no such pair, or it is not changed.
         dtype: Type of the factors.
     """
 
@@ -76,13 +80,13 @@ class NewAdapter:
     others: Sequence[str] | None = None
     fan_in_fan_out: bool = False
     task: str | None = None
-    ties: bool = False
+    tied: tuple[str, str] | None = None
     dtype: DType = DTYPES["F32"]
 
     def tensors(self) -> dict[str, Array]:
         """All tensors under PEFT's names, sorted."""
         found: dict[str, Array] = {}
-        for module in self.modules:
+        for module in self._modules():
             path = _PREFIX + module.path
             if module.embedding:
                 found[f"{path}.lora_embedding_A"] = module.a
@@ -92,19 +96,36 @@ class NewAdapter:
                 found[f"{path}.lora_B.weight"] = module.b
             if module.bias is not None:
                 found[f"{path}.base_layer.bias"] = module.bias
-        found |= {_PREFIX + name: tensor for name, tensor in self.whole.items()}
+        found |= {_PREFIX + name: tensor for name, tensor in self._whole().items()}
         return dict(sorted(found.items()))
+
+    def _modules(self) -> list[NewModule]:
+        """All adapted modules; a tied output embedding, too, has factors of its own.
+
+        PEFT could be told to tie them (``ensure_weight_tying``), but fails to load a tied tensor
+        that is saved whole, and transposes the factors of a head beside Conv1D layers.
+        """
+        if self.tied is None:
+            return self.modules
+        embedding, head = self.tied
+        shared = [module for module in self.modules if module.path == embedding]
+        heads = [NewModule(head, module.b.T, module.a.T) for module in shared]
+        return [*self.modules, *heads]
+
+    def _whole(self) -> dict[str, Array]:
+        embedding, head = self.tied or ("", "")
+        shared = self.whole.get(f"{embedding}.weight")
+        return self.whole if shared is None else {**self.whole, f"{head}.weight": shared}
 
     def config(self) -> dict[str, Any]:
         """Contents of adapter_config.json."""
-        ranks = {module.path: int(module.a.shape[0]) for module in self.modules}
+        ranks = {module.path: int(module.a.shape[0]) for module in self._modules()}
         common = max(ranks.values(), key=lambda r: (list(ranks.values()).count(r), r), default=1)
         special = {path: rank for path, rank in sorted(ranks.items()) if rank != common}
-        saved = sorted({name.rpartition(".")[0] for name in self.whole})
+        saved = sorted({name.rpartition(".")[0] for name in self._whole()})
         return {
             "alpha_pattern": special,
             "base_model_name_or_path": self.base.name,
-            **({"ensure_weight_tying": True} if self.ties else {}),
             "bias": "lora_only" if any(m.bias is not None for m in self.modules) else "none",
             "fan_in_fan_out": self.fan_in_fan_out,
             "inference_mode": True,
@@ -122,9 +143,11 @@ class NewAdapter:
             "use_rslora": False,
         }
 
-    def _targets(self) -> list[str]:
+    def _targets(self) -> list[str] | str:
         """Ends of paths if they mean these modules and no others, else whole paths."""
-        paths = [module.path for module in self.modules]
+        paths = [module.path for module in self._modules()]
+        if not paths:
+            return _NO_TARGETS
         ends = {path.rpartition(".")[2] for path in paths}
         if self.others is not None and not any(
             path.rpartition(".")[2] in ends for path in self.others
@@ -133,7 +156,10 @@ class NewAdapter:
         return sorted(paths)
 
     def _type_of(self, name: str) -> DType:
-        return self.stored_as.get(name.removeprefix(_PREFIX), self.dtype)
+        embedding, head = self.tied or ("", "")
+        parameter = name.removeprefix(_PREFIX)
+        same = f"{embedding}.weight" if parameter == f"{head}.weight" else parameter
+        return self.stored_as.get(same, self.dtype)
 
     def file(self) -> tuple[bytes, Any, dict[str, Array]]:
         """The weights' file: the bytes that begin it, its header, and stored tensors by name.
@@ -152,8 +178,9 @@ class NewAdapter:
             out = np.empty(flat.size, self._type_of(name).storage)
             encode(flat, self._type_of(name), out)
             stored[name] = out
+        metadata = {"format": "pt", **({TIED: self.tied[1]} if self.tied else {})}
         specs = ((name, self._type_of(name), values.shape) for name, values in tensors.items())
-        prefix, header = write_header(specs, {"format": "pt"})
+        prefix, header = write_header(specs, metadata)
         return prefix, header, stored
 
 

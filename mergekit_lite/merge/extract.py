@@ -162,11 +162,7 @@ class _Extractor:
             elif not any(name.startswith(layer.path + ".") for name in new.whole):
                 unchanged.append(layer.path)
         self._rest(adapted, new)
-        new.ties = self._base.checkpoint.config.get("tie_word_embeddings") is True and any(
-            layer.kind == "embedding"
-            and (layer.path in {m.path for m in new.modules} or f"{layer.path}.weight" in new.whole)
-            for layer in self._layers
-        )
+        new.tied = self._tied(new)
         new.others = [path for path in unchanged if path]
         fields = {
             "name": folder.name,
@@ -183,6 +179,16 @@ class _Extractor:
         )
         seconds = time.monotonic() - began
         return Extraction(folder, outputs, seconds, done, sorted(new.whole), self._share())
+
+    def _tied(self, new: NewAdapter) -> tuple[str, str] | None:
+        """The changed input embedding, and the output embedding that shares its tensor."""
+        if self._base.checkpoint.config.get("tie_word_embeddings") is not True:
+            return None
+        embedding, head = self._names.input_embedding(), self._names.output_embedding()
+        changed = {m.path for m in new.modules} | {n.removesuffix(".weight") for n in new.whole}
+        if embedding not in changed or head is None or self._one(f"{head}.weight") is not None:
+            return None
+        return embedding, head
 
     def _share(self) -> float:
         return self._kept / self._total if self._total else 1.0

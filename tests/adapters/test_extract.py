@@ -50,28 +50,45 @@ def _finetune(base: Path, folder: Path, *, only: str = "", scale: float = 0.02) 
 def test_full_rank_gives_the_finetune(
     pack: Callable, tmp_path: Path, family: str, keys: dict[str, Any], only: str
 ) -> None:
-    """In PEFT (logits) and in our merge (weights), within 1e-5.
-
-    PEFT gives other logits for a tied embedding beside Conv1D layers (its lm_head takes the
-    adapter's ``fan_in_fan_out``), so there only the weights are compared.
-    """
+    """In PEFT (logits) and in our merge (weights), within 1e-5."""
     base = save_base(tmp_path / "base", family, **keys)
     tuned = _finetune(base, tmp_path / "tuned", only=only)
     ran = pack("extract", tuned, "--base", base, "--energy", 1, "-o", tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["energy"] == pytest.approx(1.0, abs=1e-9)
-    merged = pack("merge", "adapter", f"{base}+{tmp_path}/out", "-o", tmp_path / "merged",
-                  "--dtype", "float32", "-q")  # fmt: skip
-    assert merged.code == 0, merged.err
-    ours = tensors_of(tmp_path / "merged")
-    theirs = tensors_of(tuned)
-    assert worst(ours, theirs) <= 1e-5
+    _check_gives(pack, tmp_path / "out", base, tuned, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("saved", ["factors", "whole"])
+def test_a_tied_embedding_stays_tied(
+    pack: Callable, tmp_path: Path, family: str, saved: str
+) -> None:
+    """In PEFT the head gets what the embedding gets; merged, there is one tensor again."""
+    base = save_base(tmp_path / "base", family, tie_word_embeddings=True)
+    name = {"llama": "embed_tokens", "gpt2": "wte"}[family]
+    tuned = _finetune(base, tmp_path / "tuned", only=name)
+    share = {"factors": 0.0, "whole": 1.0}[saved]
+    rank = {"factors": 10_000, "whole": 2}[saved]
+    ran = pack("extract", tuned, "--base", base, "--rank", rank, "--save-below", share,
+               "-o", tmp_path / "out")  # fmt: skip
+    assert ran.code == 0, ran.err
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["modules_to_save"] is None) == (saved == "factors")
+    _check_gives(pack, tmp_path / "out", base, tuned, tmp_path / "merged")
+    assert tensors_of(tmp_path / "merged").keys() == tensors_of(base).keys()
+
+
+def _check_gives(pack: Callable, adapter: Path, base: Path, tuned: Path, merged: Path) -> None:
+    """An adapter on its base is the fine-tune: weights as we merge it, logits in PEFT."""
+    ran = pack("merge", "adapter", f"{base}+{adapter}", "-o", merged, "--dtype", "float32", "-q")
+    assert ran.code == 0, ran.err
+    assert worst(tensors_of(merged), tensors_of(tuned)) <= 1e-5
     tokens = torch.arange(1, 75).reshape(2, 37)
     with torch.no_grad():
         expected = load_base(tuned)(tokens).logits
-        beside = PeftModel.from_pretrained(load_base(base), tmp_path / "out").eval()(tokens).logits
-    if (family, only) != ("gpt2", ""):
-        assert (beside - expected).abs().max() <= 1e-4 * expected.abs().max()
+        beside = PeftModel.from_pretrained(load_base(base), adapter).eval()(tokens).logits
+    assert (beside - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
