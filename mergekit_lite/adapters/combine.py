@@ -8,7 +8,7 @@ factored. All is computed in float64 until the factors are written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from mergekit_lite.adapters.config import AdapterConfig, LoraSettings
 from mergekit_lite.adapters.contents import LoraContents, LoraModule, sort_tensors
 from mergekit_lite.adapters.factor import Factored, Target, factor_matrix, factor_product
+from mergekit_lite.adapters.lora import Part
 from mergekit_lite.adapters.names import ModelNames
 from mergekit_lite.adapters.tensors import read_float
 from mergekit_lite.checkpoint.protocol import Checkpoint
@@ -68,6 +69,8 @@ class LoraSource:
                 "biases of its factors": "lora_B.bias" in parts,
                 "adapted parameters (experts)": bool(settings.parameters),
                 "replicated layers": bool(settings.replication),
+                "a change that holds for tied embeddings (ensure_weight_tying)": settings.ties
+                and any(module.embedding for module in contents.modules),
                 f"an initialisation that changed the base ({settings.initial})": settings.initial
                 in ("pissa", "olora", "corda", "loftq", "lora_ga"),
             }.items()
@@ -90,7 +93,7 @@ class LoraSource:
                 f"{self.config.label}: '{path}' lacks a factor",
                 "The file is not whole; download or save the adapter again.",
             )
-        a, b = (read_float(self.tensors, module.parts[key]).astype(np.float64) for key in keys)
+        a, b = (self.read(module.parts[key]) for key in keys)
         rank = self.settings.rank_of(path)
         if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
             raise PackError(
@@ -103,7 +106,21 @@ class LoraSource:
     def magnitude(self, path: str) -> Array | None:
         """The trained lengths of DoRA, ``(out,)`` in float64; None without."""
         name = self.modules[path].parts.get("lora_magnitude_vector")
-        return None if name is None else read_float(self.tensors, name).astype(np.float64)
+        return None if name is None else self.read(name)
+
+    def read(self, name: str) -> Array:
+        """One of its tensors in float64.
+
+        Raises:
+            PackError: An element is NaN or infinite.
+        """
+        values = read_float(self.tensors, name)
+        if not np.isfinite(values).all():
+            raise PackError(
+                f"{self.config.label}: '{name}' holds NaN or infinity",
+                "The adapter is broken; train or download it again.",
+            )
+        return values.astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -138,21 +155,31 @@ class Combined:
 
 
 class Combination:
-    """The combination of several adapters; see the module's text."""
+    """The combination of several adapters; see the module's text.
+
+    Attributes:
+        paths: Modules that get factors.
+        whole: Parameters that are carried whole: those that any adapter carries so, whatever the
+            others have for them.
+
+    Raises:
+        PackError: The adapters do not fit each other or the base, or the base is needed.
+    """
 
     def __init__(self, sources: Sequence[LoraSource], base: Checkpoint | None) -> None:
         self._sources = sources
         self._base = base
         self._names = None if base is None else ModelNames(base)
-        self.paths = sorted({path for source in sources for path in source.modules})
         self.whole = sorted({name for source in sources for name in source.contents.whole})
+        paths = {path for source in sources for path in source.modules}
+        self.paths = sorted(path for path in paths if f"{path}.weight" not in self.whole)
         needs = [s.config.label for s in sources if s.settings.dora or s.contents.whole]
         if needs and base is None:
             raise PackError(
                 f"{needs[0]}: what it changes depends on the base (DoRA, or tensors saved whole)",
                 "Give the base: base_model: …",
             )
-        self._check_shapes()
+        self._check_shapes(paths)
         for source in sources:
             self._check_copies(source)
 
@@ -172,8 +199,8 @@ class Combination:
                     "base.",
                 )
 
-    def _check_shapes(self) -> None:
-        for path in self.paths:
+    def _check_shapes(self, paths: Iterable[str]) -> None:
+        for path in sorted(paths):
             shapes: dict[tuple[int, int], str] = {}
             for source in self._sources:
                 module = source.modules.get(path)
@@ -247,7 +274,7 @@ class Combination:
     def _weight(self, path: str, embedding: bool, shape: tuple[int, ...]) -> Array:
         """The base's weight as ``(out, in)``, in float64."""
         assert self._names is not None and self._base is not None  # noqa: S101, PT018
-        places = self._names.find(f"{path}.weight")
+        places = self._places(f"{path}.weight")
         if len(places) != 1 or places[0].expert is not None:
             raise PackError(
                 f"the base has no weight for '{path}'",
@@ -267,26 +294,48 @@ class Combination:
     def tensor(self, parameter: str, mix: Mix) -> Array:
         """Combine what adapters carry whole: the base's tensor and the combined changes of it."""
         assert self._names is not None and self._base is not None  # noqa: S101, PT018
-        places = self._names.find(parameter)
+        places = self._places(parameter)
         if len(places) != 1 or places[0].expert is not None:
             raise PackError(
                 f"'{parameter}' is carried whole, while the base has no such tensor",
                 "It cannot be combined; merge the adapters into the base one by one.",
             )
         origin = read_float(self._base, places[0].tensor).astype(np.float64)
-        changes = []
-        for source in self._sources:
-            name = source.contents.whole.get(parameter)
-            saved = origin if name is None else read_float(source.tensors, name)
+        changes = [self._change_of(parameter, origin, source) for source in self._sources]
+        flat = [change.reshape(origin.shape[0], -1) for change in changes]
+        combined: Array = origin + np.asarray(mix.combine(flat)).reshape(origin.shape)
+        return combined.astype(np.float32)
+
+    def _change_of(self, parameter: str, origin: Array, source: LoraSource) -> Array:
+        """What an adapter adds to a parameter that the result carries whole; float64."""
+        name = source.contents.whole.get(parameter)
+        if name is not None:
+            saved = source.read(name)
             if saved.shape != origin.shape:
                 raise PackError(
                     f"{source.config.label}: '{parameter}' is {list(saved.shape)}, in the base "
                     f"{list(origin.shape)}",
                     "The adapter was trained on another vocabulary.",
                 )
-            changes.append((saved - origin).reshape(origin.shape[0], -1))
-        combined: Array = origin + np.asarray(mix.combine(changes)).reshape(origin.shape)
-        return combined.astype(np.float32)
+            return saved - origin
+        path = parameter.removesuffix(".weight")
+        change = self._change(source, path) if path != parameter else None
+        if change is None:
+            return np.zeros_like(origin)
+        conv1d = source.config.data.get("fan_in_fan_out") is True
+        square = change.shape[0] == change.shape[1]
+        fits = change.shape == origin.shape and not (conv1d and square)
+        turned = source.modules[path].embedding or not fits
+        return change.T if turned else change
+
+    def _places(self, parameter: str) -> tuple[Part, ...]:
+        """Where the base has a parameter; a tied output embedding lies where the input one does."""
+        assert self._names is not None and self._base is not None  # noqa: S101, PT018
+        found = self._names.find(parameter)
+        tied = self._base.config.get("tie_word_embeddings") is True
+        if found or not tied or parameter != f"{self._names.output_embedding()}.weight":
+            return found
+        return self._names.find(f"{self._names.input_embedding()}.weight")
 
     def nbytes(self, path: str) -> int:
         """Bytes of the factors of one module, of all adapters."""

@@ -40,6 +40,10 @@ CASES: dict[str, Sequence[Mapping[str, Any]]] = {
         {"r": 4, "use_dora": True, "target_modules": ["embed_tokens", "lm_head"]},
         {"r": 5, "target_modules": ["q_proj", "embed_tokens"]},
     ],
+    "saved beside factors": [
+        {"r": 4, "target_modules": ["q_proj", "lm_head"]},
+        {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
     "saved": [
         {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
@@ -84,7 +88,7 @@ def _of_peft(base: Path, adapters: Sequence[Path], kind: str, true: Any) -> str:
         model.add_weighted_adapter(["a", "b"], list(WEIGHTS), "c", combination_type=kind)
         model.set_adapter("c")
         merged = model.merge_and_unload(adapter_names=["c"]).state_dict()
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
         return f"refused ({str(error)[:40]})"
     before = _double(base)
     return f"{_relative({n: merged[n].double() - before[n] for n in true}, true):.1e}"
