@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from mergekit_lite.checkpoint.digest import FileDigest, as_bytes, read_into
+from mergekit_lite.checkpoint.file import WeightFile
 from mergekit_lite.checkpoint.header import Header, parse_header, read_length
-from mergekit_lite.checkpoint.known import KNOWN
 from mergekit_lite.checkpoint.protocol import Checkpoint, InputFile, Rows, TensorReader, TensorSpec
 from mergekit_lite.dtypes import Array
-from mergekit_lite.errors import FileFormatError, PackError
+from mergekit_lite.errors import FileFormatError
 
 __all__ = ["SafetensorsCheckpoint", "SafetensorsFile", "load_json"]
 
@@ -21,84 +18,20 @@ INDEX_NAME = "model.safetensors.index.json"
 _INDEX_LIMIT = 1 << 28
 
 
-class SafetensorsFile:
+class SafetensorsFile(WeightFile):
     """One open file: its checked header, positioned reads, and the digest of its bytes."""
 
     def __init__(self, path: Path, name: str) -> None:
-        self.path = path
-        self.name = name
-        if not path.is_file():
-            raise FileFormatError(
-                f"{path}: is not a regular file", "Give a folder of safetensors or such a file."
-            )
+        super().__init__(path, name)
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise FileFormatError(
-                f"{path}: cannot be opened ({error.strerror})",
-                "Check the path and its permissions.",
-            ) from None
-        try:
-            self._stat = os.fstat(self._fd)
-            self.size = self._stat.st_size
-            prefix = os.pread(self._fd, 8, 0)
-            if prefix == b"version ":
-                raise FileFormatError(
-                    f"{path}: is a pointer of Git LFS, not the file itself",
-                    "Fetch the file: git lfs pull",
-                )
+            prefix = self.peek(0, 8)
             length = read_length(prefix, self.size, str(path))
-            raw = bytearray(length)
-            read_into(self._fd, 8, memoryview(raw), str(path))
-            self.header: Header = parse_header(bytes(raw), self.size, str(path))
-            self._header_sha256 = hashlib.sha256(prefix + raw).hexdigest()
-            self._known = KNOWN.find(self._stat)
-            self._digest = FileDigest(self._fd, self.size, str(path))
-            self._digest.feed(0, memoryview(prefix + bytes(raw)))
+            raw = self.peek(8, length)
+            self.header: Header = parse_header(raw, self.size, str(path))
+            self.note_head(prefix + raw)
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
-
-    def read(self, offset: int, out: Array) -> None:
-        """Fill a contiguous array from a byte offset, and hash what passes if that is not known."""
-        view = as_bytes(out)
-        read_into(self._fd, offset, view, str(self.path))
-        if self._known is None:
-            self._digest.feed(offset, view)
-
-    def will_need(self, offset: int, count: int) -> None:
-        """Ask the system to fetch bytes ahead."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_WILLNEED)
-
-    def fingerprint(self) -> str:
-        """Name, size, time of change and header in one line."""
-        return f"{self.name} {self.size} {self._stat.st_mtime_ns} {self._header_sha256}"
-
-    def finish(self) -> InputFile:
-        """Hash the rest of the file and check that nobody changed it meanwhile."""
-        sha256 = self._known or self._digest.hexdigest()
-        try:
-            now = self.path.stat()
-        except OSError:
-            now = None
-        if now is None or _state(now) != _state(self._stat):
-            raise PackError(
-                f"{self.path}: changed while it was being read",
-                "Wait until whatever writes it is done, then run again.",
-            )
-        KNOWN.note(self._stat, sha256)
-        return InputFile(self.name, self.size, sha256)
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def _state(stat: os.stat_result) -> tuple[int, ...]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class _FileReader(TensorReader):
