@@ -15,7 +15,7 @@ from mergekit_lite.kernels.cast import load
 from mergekit_lite.kernels.jit import TILE, kernel
 from mergekit_lite.kernels.random import random_words
 
-__all__ = ["delta_magnitudes", "in_order", "moments"]
+__all__ = ["delta_magnitudes", "in_order", "largest_magnitude", "moments"]
 
 _LANES = 8
 
@@ -128,3 +128,19 @@ def in_order(partial: Any) -> Any:
         for k in range(partial.shape[1]):
             total[k] += partial[i, k]
     return total
+
+
+def largest_magnitude(values: Any) -> float:
+    """The largest magnitude of float32 values; infinity or NaN if there is one among them.
+
+    Without their sign, the bits of floats are ordered as the floats are, NaN last.
+    """
+    return float(np.array(_largest_bits(values.view(np.uint32)), np.uint32).view(np.float32))
+
+
+@kernel
+def _largest_bits(bits: Any) -> int:
+    largest = np.uint32(0)
+    for i in range(bits.size):
+        largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
+    return int(largest)
