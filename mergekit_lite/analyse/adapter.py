@@ -11,8 +11,8 @@ from typing import Any
 from mergekit_lite.adapters.config import AdapterConfig, LoraSettings, read_adapter_config
 from mergekit_lite.adapters.contents import PREFIX, LoraModule, sort_tensors
 from mergekit_lite.adapters.types import MERGED, REFUSED, check_mergeable
-from mergekit_lite.analyse.card import read_card
 from mergekit_lite.analyse.inspect import count_dtypes, dtypes_data
+from mergekit_lite.checkpoint.card import read_card
 from mergekit_lite.checkpoint.locate import Source
 from mergekit_lite.checkpoint.protocol import Checkpoint
 from mergekit_lite.errors import PackError

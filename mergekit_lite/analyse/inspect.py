@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mergekit_lite.analyse.card import read_card
 from mergekit_lite.analyse.tokenizer import TokenizerView, view_tokenizer
+from mergekit_lite.checkpoint.card import read_card
 from mergekit_lite.checkpoint.layers import map_layers
 from mergekit_lite.checkpoint.locate import Source
 from mergekit_lite.checkpoint.protocol import Checkpoint
@@ -119,13 +119,13 @@ def list_tensors(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Every tensor as its files hold it: name, dtype, shape, bytes, file (None: computed)."""
     found = []
     for name in checkpoint.names():
-        spec, dtype = checkpoint.spec(name), checkpoint.kept_dtype(name)
+        kind, size = checkpoint.stored(name)
         found.append(
             {
                 "name": name,
-                "dtype": dtype.name,
-                "shape": list(spec.shape),
-                "bytes": spec.elements * dtype.itemsize,
+                "dtype": kind,
+                "shape": list(checkpoint.spec(name).shape),
+                "bytes": size,
                 "file": checkpoint.file_of(name),
             }
         )
@@ -136,9 +136,9 @@ def count_dtypes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     """Elements and bytes by type, the type of most bytes first."""
     found: dict[str, tuple[int, int]] = {}
     for name in checkpoint.names():
-        elements, dtype = checkpoint.spec(name).elements, checkpoint.kept_dtype(name)
-        count, size = found.get(dtype.name, (0, 0))
-        found[dtype.name] = count + elements, size + elements * dtype.itemsize
+        kind, stored = checkpoint.stored(name)
+        count, size = found.get(kind, (0, 0))
+        found[kind] = count + checkpoint.spec(name).elements, size + stored
     return dict(sorted(found.items(), key=lambda item: (-item[1][1], item[0])))
 
 
@@ -186,7 +186,7 @@ def _doubts(
     rows = dimensions.get("vocabulary")
     if rows is not None and tokenizer.tokens is not None and tokenizer.tokens > rows:
         yield f"the tokenizer has {tokenizer.tokens} tokens, the model embeds {rows}"
-    if quantized:
+    if quantized and quantized != "gguf":  # GGUF's shapes are those of the model
         yield "quantized weights are packed: elements are no parameters of the model"
     if config.get("auto_map"):
         yield "the config names Python code of the model's own (auto_map); pack never runs it"

@@ -9,7 +9,6 @@ from mergekit_lite.adapters.locate import is_adapter, open_adapter, open_model, 
 from mergekit_lite.checkpoint.hub import parse_reference as parse_hub_reference
 from mergekit_lite.checkpoint.locate import Source, find_local
 from mergekit_lite.checkpoint.remote import look_at_hub
-from mergekit_lite.errors import PackError
 from mergekit_lite.recipe.reference import parse_reference
 
 __all__ = ["holds_adapter", "look_at"]
@@ -23,11 +22,10 @@ def look_at(reference: str, home: Path) -> Source:
         home: Folder that relative paths start from; the current folder is tried next.
 
     Raises:
-        PackError: There is nothing of that name, it is broken, or it is GGUF.
+        PackError: There is nothing of that name, or it is broken.
     """
     local = find_local(reference, home)
     if local is not None:
-        _refuse_gguf(local)
         adapter = is_adapter(reference, home)
         return open_adapter(reference, home) if adapter else open_model(reference, home)
     parsed = parse_reference(reference)
@@ -56,21 +54,3 @@ def holds_adapter(source: Source) -> bool:
         and (folder / CONFIG_NAME).is_file()
         and not (folder / "config.json").is_file()
     )
-
-
-def _refuse_gguf(path: Path) -> None:
-    """Say that GGUF is not read yet, instead of that it is no safetensors file.
-
-    Raises:
-        PackError: The file begins as GGUF does, or the folder holds no other weights.
-    """
-    files = [path] if path.is_file() else []
-    if path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        files = sorted(path.glob("*.gguf"))[:1]
-    for file in files:
-        with file.open("rb") as opened:
-            if opened.read(4) == b"GGUF":
-                raise PackError(
-                    f"{file}: is a GGUF file, which pack does not read yet",
-                    "Inspect the model that it was made from.",
-                )

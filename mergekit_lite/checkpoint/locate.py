@@ -50,7 +50,7 @@ def find_local(reference: str, home: Path) -> Path | None:
 
 
 def open_checkpoint(reference: str, home: Path) -> Source:
-    """Open a model: a folder, a ``.safetensors`` or ``.bin`` file, or a Hub id with revision.
+    """Open a model: a folder, a ``.safetensors``, ``.gguf`` or ``.bin`` file, or a Hub id@revision.
 
     Args:
         reference: As the user wrote it.
@@ -93,13 +93,24 @@ def _open_path(path: Path, label: str) -> Checkpoint:
         files = pytorch_files(path)
         if files:
             return PytorchCheckpoint(files, path, label)
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1 or (ggufs and "-00001-of-" in ggufs[0].name):
+            return _gguf(ggufs[0], label)
         raise PackError(
             f"{label}: holds no weights (*.safetensors or pytorch_model*.bin)",
             "Give the folder that holds the model's config.json and weights.",
         )
+    if path.suffix == ".gguf":
+        return _gguf(path, label)
     if path.suffix in {".bin", ".pt", ".pth"}:
         return PytorchCheckpoint([path], None, label)
     return SafetensorsCheckpoint(path, label)
+
+
+def _gguf(path: Path, label: str) -> Checkpoint:
+    from mergekit_lite.checkpoint.gguf import GgufCheckpoint  # brings the kernels of its blocks
+
+    return GgufCheckpoint(path, label)
 
 
 def _refuse_cache_root(path: Path, label: str) -> None:

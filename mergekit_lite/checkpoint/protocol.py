@@ -164,6 +164,11 @@ class Checkpoint(ABC):
         """
         return self.spec(name).dtype
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """Name of the type that a tensor is stored in, and its bytes there."""
+        dtype = self.kept_dtype(name)
+        return dtype.name, self.spec(name).elements * dtype.itemsize
+
     def file_of(self, name: str) -> str | None:
         """Name of the file that holds a tensor; None where it is computed."""
         return None

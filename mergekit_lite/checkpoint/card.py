@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,17 @@ class Card:
         licence: As the card states it, else the name of the licence's file; None without either.
         base: Models that it was made from.
         notes: What is wrong with it.
+        data: The front matter as it stands there.
     """
 
     licence: str | None
     base: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A value of the front matter that is a text or a list of texts."""
+        return _texts(self.data.get(key))
 
 
 def read_card(folder: Path | None) -> Card:
@@ -40,7 +46,7 @@ def read_card(folder: Path | None) -> Card:
     licences = _texts(stated)
     files = sorted(p.name for pattern in ("LICEN[CS]E*", "COPYING*") for p in folder.glob(pattern))
     licence = ", ".join(licences) or (f"see {files[0]}" if files else None)
-    return Card(licence, _texts(data.get("base_model")), notes)
+    return Card(licence, _texts(data.get("base_model")), notes, data)
 
 
 def _front_matter(path: Path) -> tuple[Mapping[str, Any], tuple[str, ...]]:
