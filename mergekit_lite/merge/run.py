@@ -27,7 +27,7 @@ from mergekit_lite.merge.writer import ArtifactWriter, OutputFile, refuse_existi
 from mergekit_lite.recipe import Recipe
 from mergekit_lite.tokenizer.choose import Tokenizer, choose_tokenizer
 
-__all__ = ["Options", "Prepared", "Progress", "Result", "prepare", "run_merge"]
+__all__ = ["Options", "Prepared", "Progress", "Result", "observing", "prepare", "run_merge"]
 
 DEFAULT_MEMORY = 512 * 10**6
 DEFAULT_SHARD = 2 * 10**9
@@ -228,13 +228,8 @@ def _run(
         for name in shard.header.entries
     ]
     merged = MergeCheckpoint(plan, inputs)
-    if merged.spanning is not None and todo:
-        total = sum(t.spec.nbytes for t in plan.tensors.values())
-        for index in range(merged.spanning.passes):
-            progress.begin(f"Trim {index + 1}/{merged.spanning.passes}", total)
-            run(_observing(merged, index))
-            merged.spanning.settle(index)
     if todo:
+        observing(merged, run, progress)
         progress.begin("Merge", sum(plan.tensors[name].spec.nbytes for name in todo))
         run(_writing(merged, todo, writer))
     weights = _finish_inputs(inputs, progress)
@@ -250,7 +245,29 @@ def _writing(
         yield _WriteJob(name, merged.open(name), writer)
 
 
-def _observing(merged: MergeCheckpoint, index: int) -> Iterator[Job]:
+def observing(
+    merged: MergeCheckpoint, run: Callable[[Iterator[Job]], None], progress: Progress
+) -> None:
+    """Show a statistic that spans the model all tensors, before the first of them is read.
+
+    Args:
+        merged: A merge; nothing happens if its method needs no such statistic.
+        run: Runs jobs on all threads.
+        progress: Told of each pass.
+    """
+    statistic = merged.spanning
+    if statistic is None:
+        return
+    total = sum(merged.spec(name).nbytes for name in merged.names())
+    index = 0
+    while index < statistic.passes:
+        progress.begin(f"Trim {index + 1}/{statistic.passes}", total)
+        run(_observe_jobs(merged, index))
+        statistic.settle(index)
+        index += 1
+
+
+def _observe_jobs(merged: MergeCheckpoint, index: int) -> Iterator[Job]:
     for name in merged.names():
         reader = merged.open_spanning(name)
         if reader is not None:
