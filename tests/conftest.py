@@ -141,22 +141,25 @@ def write_recipe(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what tests recorded of adapters as tables, whether they ran in workers or not."""
-    tables: dict[str, set[str]] = {"peft": set(), "combined": set()}
+    """Print what tests recorded as tables, whether they ran in workers or not."""
+    titles = {
+        "peft": "adapters: type, base, what became of it, largest relative difference or why",
+        "combined": "adapters added: case, relative error of pack, of PEFT's add_weighted_adapter",
+        "families": "GGUF: family, largest difference to transformers' logits, next tokens alike",
+        "tokenizers": "GGUF: tokenizer, difficult texts that llama.cpp tokenizes alike",
+        "blocks": "GGUF: type, squared error over ggml's in the mean, at worst, tensors",
+    }
+    tables: dict[str, set[str]] = {name: set() for name in titles}
     for reports in terminalreporter.stats.values():
         for report in reports:
             for name, value in getattr(report, "user_properties", []):
                 if name in tables and not str(value).endswith("\tfailed"):
                     tables[name].add(str(value))
-    titles = {
-        "peft": "adapters: type, base, what became of it, largest relative difference or why",
-        "combined": "adapters added: case, relative error of pack, of PEFT's add_weighted_adapter",
-    }
     for name, rows in tables.items():
         if rows:
             terminalreporter.section(titles[name])
             for row in sorted(rows):
                 cells = row.split("\t")
                 terminalreporter.write_line(
-                    "".join(f"{cell:<25}" for cell in cells[:-1]) + cells[-1]
+                    "".join(f"{cell:<34}" for cell in cells[:-1]) + cells[-1]
                 )

@@ -1,8 +1,11 @@
-"""llama.cpp, out of the xllamacpp wheel, as an oracle: the logits of a GGUF with adapters on it.
+"""llama.cpp, out of the xllamacpp wheel, as an oracle: what it makes of a GGUF.
 
 Run as a program in a process of its own, so that a crash of it fails one test:
-``python -m tests.llama_cpp MODEL OUT TOKENS [ADAPTER SCALE]…`` writes float32 logits of the last
-token of every prefix of TOKENS (numbers separated by commas).
+``python -m tests.llama_cpp logits MODEL OUT TOKENS [ADAPTER SCALE]…`` writes float32 logits of the
+last token of every prefix of TOKENS (numbers separated by commas), then of 16 that it chooses
+itself; ``… embeddings MODEL OUT TOKENS`` writes the hidden state of every token;
+``python -m tests.llama_cpp tokens MODEL OUT TEXTS`` writes the token ids of every text of a JSON
+file, with special tokens read and those added that begin and end a text.
 """
 
 from __future__ import annotations
@@ -49,11 +52,39 @@ def logits(
     words = [str(model), str(out), ",".join(map(str, tokens))]
     for path, scale in adapters:
         words += [str(path), str(scale)]
+    _program("logits", *words)
+    return np.load(out)[: len(tokens)]
+
+
+def greedy(model: Path, tokens: Sequence[int]) -> tuple[np.ndarray[Any, Any], list[int]]:
+    """Logits of a prompt, and the 16 likeliest tokens that follow it."""
+    out = model.parent / "logits.npy"
+    _program("logits", str(model), str(out), ",".join(map(str, tokens)))
+    found = np.load(out)
+    return found[: len(tokens)], [int(row.argmax()) for row in found[len(tokens) - 1 : -1]]
+
+
+def embeddings(model: Path, tokens: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Hidden states ``(len(tokens), width)`` of an encoder."""
+    out = model.parent / "embeddings.npy"
+    _program("embeddings", str(model), str(out), ",".join(map(str, tokens)))
+    return np.load(out)
+
+
+def tokens_of(model: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts by the vocabulary of a GGUF model."""
+    source, out = model.parent / "texts.json", model.parent / "tokens.json"
+    source.write_text(json.dumps(texts))
+    _program("tokens", str(model), str(out), str(source))
+    found: list[list[int]] = json.loads(out.read_text())
+    return found
+
+
+def _program(*words: str) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "tests.llama_cpp", *words], cwd=ROOT, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    return np.load(out)
 
 
 def _library() -> Any:
@@ -65,7 +96,7 @@ def _library() -> Any:
 
 
 def _run(
-    model: str, out: str, tokens: Sequence[int], adapters: Sequence[tuple[str, float]]
+    what: str, model: str, out: str, tokens: Sequence[int], adapters: Sequence[tuple[str, float]]
 ) -> None:
     lib = _library()
     for name in ("llama_model_default_params", "llama_context_default_params"):
@@ -94,6 +125,9 @@ def _run(
     ctypes.c_int32.from_buffer(settings, _FLASH_ATTENTION).value = 0
     context = lib.llama_init_from_model(loaded, settings)
     assert context, "llama.cpp cannot make a context"
+    if what == "embeddings":
+        _embed(lib, loaded, context, out, tokens)
+        return
     if adapters:
         held = [lib.llama_adapter_lora_init(loaded, path.encode()) for path, _ in adapters]
         assert all(held), "llama.cpp cannot load the adapter"
@@ -102,7 +136,8 @@ def _run(
         assert lib.llama_set_adapters_lora(context, pointers, len(held), scales) == 0
     width = lib.llama_n_vocab(lib.llama_model_get_vocab(loaded))
     rows = []
-    for token in tokens:
+    for at in range(len(tokens) + (0 if adapters else 16)):
+        token = tokens[at] if at < len(tokens) else int(rows[-1].argmax())
         one = (ctypes.c_int32 * 1)(token)
         assert lib.llama_decode(context, lib.llama_batch_get_one(one, 1)) == 0
         pointer = ctypes.cast(lib.llama_get_logits(context), ctypes.POINTER(ctypes.c_float))
@@ -110,37 +145,71 @@ def _run(
     np.save(out, np.stack(rows))
 
 
-def write_gguf(folder: Path, path: Path) -> None:
-    """Write a small Llama as a float32 GGUF without a vocabulary, straight with gguf-py."""
-    import gguf
+def _embed(lib: Any, loaded: Any, context: Any, out: str, tokens: Sequence[int]) -> None:
+    lib.llama_set_embeddings.argtypes = [ctypes.c_void_p, ctypes.c_bool]
+    lib.llama_get_embeddings_ith.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    lib.llama_get_embeddings_ith.restype = ctypes.c_void_p
+    lib.llama_model_n_embd.argtypes = [ctypes.c_void_p]
+    lib.llama_set_embeddings(context, True)
+    width = lib.llama_model_n_embd(loaded)
+    every = (ctypes.c_int32 * len(tokens))(*tokens)
+    assert lib.llama_decode(context, lib.llama_batch_get_one(every, len(tokens))) == 0
+    rows = []
+    for at in range(len(tokens)):
+        pointer = ctypes.cast(
+            lib.llama_get_embeddings_ith(context, at), ctypes.POINTER(ctypes.c_float)
+        )
+        rows.append(np.ctypeslib.as_array(pointer, (width,)).copy())
+    np.save(out, np.stack(rows))
 
-    from exporters.gguf.families import Naming
-    from tests.adapters.models import tensors_of
 
-    config = json.loads((folder / "config.json").read_text())
-    naming = Naming(config, str(folder))
-    writer = gguf.GGUFWriter(path, naming.family.architecture)
-    head = config["hidden_size"] // config["num_attention_heads"]
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config.get("head_dim") or head)
-    writer.add_rope_freq_base((config.get("rope_parameters") or config)["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    for name, tensor in tensors_of(folder).items():
-        writer.add_tensor(naming.name(name), naming.ordered(name, tensor.numpy()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def write_gguf(folder: Path, path: Path, *, vocabulary: bool = False) -> None:
+    """Write a model as a float32 GGUF with our own exporter, without a vocabulary."""
+    from exporters.gguf.export import GgufModel, Scheme
+    from exporters.gguf.mixtures import find_mixture
+    from exporters.gguf.write import write_file
+    from mergekit_lite.checkpoint.safetensors import SafetensorsCheckpoint
+    from mergekit_lite.merge.model import small_files_of
+
+    checkpoint = SafetensorsCheckpoint(folder, folder.name)
+    scheme = Scheme(find_mixture("f32"))
+    try:
+        model = GgufModel.convert(checkpoint, small_files_of(folder) if vocabulary else None)
+        metadata = model.metadata(scheme.mixture)
+        write_file(path, metadata, model.tensors, model.kinds(scheme))
+    finally:
+        checkpoint.close()
+
+
+def _tokenize(model: str, out: str, texts: Sequence[str]) -> None:
+    lib = _library()
+    lib.llama_model_default_params.restype = _Opaque
+    for name in ("llama_model_load_from_file", "llama_model_get_vocab"):
+        getattr(lib, name).restype = ctypes.c_void_p
+    lib.llama_model_load_from_file.argtypes = [ctypes.c_char_p, _Opaque]
+    lib.llama_model_get_vocab.argtypes = [ctypes.c_void_p]
+    lib.llama_tokenize.argtypes = [
+        ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32,
+        ctypes.c_bool, ctypes.c_bool,
+    ]  # fmt: skip
+    lib.llama_backend_init()
+    loaded = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
+    assert loaded, "llama.cpp cannot load the model"
+    vocabulary = lib.llama_model_get_vocab(loaded)
+    found = []
+    for text in texts:
+        raw = text.encode()
+        room = (ctypes.c_int32 * (len(raw) + 8))()
+        count = lib.llama_tokenize(vocabulary, raw, len(raw), room, len(room), True, True)
+        assert count >= 0, text
+        found.append(list(room[:count]))
+    Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    _model, _out, _tokens, *_rest = sys.argv[1:]
-    _run(_model, _out, [int(t) for t in _tokens.split(",")],
-         [(p, float(s)) for p, s in zip(_rest[::2], _rest[1::2], strict=True)])  # fmt: skip
+    _what, _model, _out, _words, *_rest = sys.argv[1:]
+    if _what == "tokens":
+        _tokenize(_model, _out, json.loads(Path(_words).read_text()))
+    else:
+        _run(_what, _model, _out, [int(t) for t in _words.split(",")],
+             [(p, float(s)) for p, s in zip(_rest[::2], _rest[1::2], strict=True)])  # fmt: skip

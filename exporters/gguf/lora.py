@@ -3,23 +3,25 @@
 The factors keep PEFT's shapes, but those of an embedding, whose A is stored by token. llama.cpp
 multiplies their product by ``alpha / rank``, with one alpha for the whole file, and by nothing
 where alpha is 0; so where modules differ in scale, each one's scale is multiplied into its B.
+Source: ``llama_adapter_lora_init_impl`` and ``get_scale`` of llama.cpp.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from exporters.gguf.families import FAMILIES, Naming
+from exporters.gguf.arrange import AS_IS, ArrangedCheckpoint, Constant, Placed, Scaled, Transposed
+from exporters.gguf.families import FAMILIES, Model
+from exporters.gguf.families.base import Settings
+from exporters.gguf.metadata import Value, f32, text
+from exporters.gguf.write import write_file
 from mergekit_lite.adapters.config import AdapterConfig, LoraSettings
-from mergekit_lite.adapters.contents import LoraContents, sort_tensors
-from mergekit_lite.adapters.tensors import read_float
+from mergekit_lite.adapters.contents import LoraContents, LoraModule, sort_tensors
 from mergekit_lite.checkpoint.protocol import Checkpoint
-from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import PackError
+from mergekit_lite.kernels.blocks.types import TYPES
+from mergekit_lite.merge.writer import OutputFile
 
 __all__ = ["why_not", "write_gguf_lora"]
 
@@ -32,7 +34,8 @@ def why_not(
     """Why an adapter cannot be GGUF; None if it can."""
     if config.kind != "LORA":
         return f"llama.cpp knows LoRA only, this is {config.kind}"
-    if base_config.get("model_type") not in FAMILIES:
+    family = FAMILIES.get(str(base_config.get("model_type")))
+    if family is None:
         return f"models of type '{base_config.get('model_type')}' have no GGUF names here"
     settings = LoraSettings.of(config)
     parts = {part for module in contents.modules for part in module.parts}
@@ -45,9 +48,22 @@ def why_not(
         "adapted parameters (experts)": bool(settings.parameters),
         "an initialisation that changed the base": settings.initial in ("pissa", "olora"),
         "tensors of an unknown part": bool(contents.leftovers),
+        "change to an embedding or a head that share one tensor": _shared(
+            contents.modules, Settings(base_config, config.label, tied=family.tied).tied
+        ),
     }
     found = [what for what, there in reasons.items() if there]
     return f"llama.cpp applies no {' and no '.join(found)}" if found else None
+
+
+def _shared(modules: Sequence[LoraModule], tied: bool) -> bool:
+    """Whether one of two tensors is changed that are one in GGUF.
+
+    llama.cpp would apply the change of the embedding to the head as well, in the wrong shape; and
+    there is no tensor of the head that an adapter could name.
+    """
+    ends = ("embed_tokens", "wte", "lm_head")
+    return tied and any(module.path.endswith(ends) for module in modules)
 
 
 def write_gguf_lora(
@@ -56,7 +72,7 @@ def write_gguf_lora(
     base_config: Mapping[str, object],
     path: Path,
     name: str,
-) -> None:
+) -> OutputFile:
     """Write an adapter as GGUF; it appears when it is whole.
 
     Args:
@@ -73,41 +89,32 @@ def write_gguf_lora(
     reason = why_not(config, contents, base_config)
     if reason is not None:
         raise PackError(f"{config.label}: cannot be written as GGUF; {reason}", _ELSE)
-    try:
-        import gguf
-    except ImportError:
-        raise PackError("GGUF needs the package gguf", "pip install 'pack-models[gguf]'") from None
-    naming = Naming(base_config, config.label)
+    model = Model(base_config, config.label)
     settings = LoraSettings.of(config)
     scales = {module.path: settings.scale_of(module.path) for module in contents.modules}
     ranks = {settings.rank_of(module.path) for module in contents.modules}
     uniform = len(set(scales.values())) == 1 and len(ranks) == 1
-    beside = path.with_name(path.name + ".tmp")
-    writer = gguf.GGUFWriter(beside, naming.family.architecture)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_name(name)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    alpha = next(iter(scales.values())) * next(iter(ranks)) if uniform else 0.0
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    metadata: dict[str, Value] = {
+        "general.architecture": text(model.family.architecture),
+        "general.type": text("adapter"),
+        "general.name": text(name),
+        "adapter.type": text("lora"),
+        "adapter.lora.alpha": f32(scales[contents.modules[0].path] * ranks.pop() if uniform else 0),
+    }
+    placed: list[Placed | Constant] = []
     for module in sorted(contents.modules, key=lambda module: module.path):
-        a, b = (read_float(tensors, module.parts[part]) for part in module.factors)
-        weight = f"{module.path}.weight"
-        if not uniform:
-            b = b * np.float32(scales[module.path])
-        key = naming.name(weight)
-        writer.add_tensor(f"{key}.lora_a", _stored(a.T if module.embedding else a))
-        writer.add_tensor(f"{key}.lora_b", _stored(naming.ordered(weight, b)))
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.rename(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        placed += _factors(module, model, None if uniform else scales[module.path])
+    arranged = ArrangedCheckpoint(tensors, placed)
+    return write_file(path, metadata, arranged, {entry.name: TYPES["F32"] for entry in placed})
 
 
-def _stored(values: Array) -> Array:
-    return np.ascontiguousarray(values, np.float32)
+def _factors(module: LoraModule, model: Model, scale: float | None) -> list[Placed]:
+    """Both factors of a module under GGUF's names; rows of B in the order of the weight's."""
+    weight = f"{module.path}.weight"
+    key = model.name(weight)
+    a, b = (module.parts[part] for part in module.factors)
+    rows = model.rows_layout(weight)
+    return [
+        Placed(f"{key}.lora_a", a, Transposed() if module.embedding else AS_IS),
+        Placed(f"{key}.lora_b", b, rows if scale is None else Scaled(rows, scale)),
+    ]
