@@ -22,6 +22,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "merge": "Merge models as a recipe says, or adapters into a base.",
+    "quantize": "Quantize a model, an adapter on its base, or a recipe, to GGUF.",
     "extract": "Make an adapter of what a fine-tune changed in its base.",
     "adapters": "Package adapters beside their base, for switching while it runs.",
     "inspect": "Show what a checkpoint, an adapter or a recipe is.",
