@@ -36,9 +36,10 @@ lint: $(STAMP) ## Check style and types
 	@$(BIN)/mypy
 	@echo "== style and types are clean"
 
-bench: $(STAMP) ## Measure against peers (about 30 minutes, 13 GB of disk)
+bench: $(STAMP) ## Measure against peers (about 45 minutes, 18 GB of disk)
 	@$(BIN)/python -m benchmarks.merge
 	@$(BIN)/python -m benchmarks.adapters
+	@$(BIN)/python -m benchmarks.gguf
 
 clean: ## Remove what the targets above made
 	rm -rf $(VENV) examples/models benchmarks/work dist build

@@ -82,8 +82,8 @@ def median_floor(floors: Sequence[Floor]) -> Floor:
 
 
 def weights(folder: Path) -> list[Path]:
-    """Return the `.safetensors` files of a checkpoint, sorted by name."""
-    return sorted(folder.glob("*.safetensors"))
+    """Return the `.safetensors` and `.gguf` files of a folder, sorted by name."""
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
 
 
 def digest(folder: Path) -> str:

@@ -3,6 +3,7 @@
 A peer gets its own virtual environment under `work/`, because its pins must not touch pack's.
 """
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -17,6 +18,7 @@ MERGEKIT = "mergekit==0.1.5"
 # Pinned beside the peer: left to itself pip may choose a build with gigabytes of CUDA.
 TORCH = "torch==2.13.0"
 # Both programs read local folders only; neither may wait for a network.
+LLAMA_CPP = "llama-cpp-python==0.3.36"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _REPORTED = ("mergekit", "torch", "transformers", "safetensors", "numpy")
 
@@ -50,6 +52,50 @@ def mergekit_versions(environment: Path) -> dict[str, str]:
         if item.metadata["Name"] in _REPORTED
     }
     return {name: found[name] for name in _REPORTED if name in found}
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """The two programs of llama.cpp that make a quantized file of a folder.
+
+    Attributes:
+        convert: Path of convert_hf_to_gguf.py.
+        quantize: Path of llama-quantize.
+    """
+
+    convert: Path
+    quantize: Path
+
+
+def llama_cpp() -> LlamaCpp | None:
+    """Build llama-quantize out of llama-cpp-python's source package, once.
+
+    Returns:
+        None, with a message, where there is no compiler or no cmake.
+    """
+    folder = WORK / "llama.cpp"
+    quantize = folder / "build" / "bin" / "llama-quantize"
+    if not quantize.exists():
+        missing = [name for name in ("c++", "cmake", "make") if shutil.which(name) is None]
+        if missing:
+            print(f"no {', no '.join(missing)}: llama.cpp is left out", flush=True)
+            return None
+        print(f"building llama-quantize of {LLAMA_CPP} (some minutes)", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+        only = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", str(folder)]
+        subprocess.run([*pip, *only, LLAMA_CPP], check=True)
+        [archive] = folder.glob("llama_cpp_python-*.tar.gz")
+        shutil.unpack_archive(archive, folder, filter="data")
+        [source] = folder.glob("llama_cpp_python-*/vendor/llama.cpp")
+        flags = ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DBUILD_SHARED_LIBS=OFF"]
+        build = str(folder / "build")
+        with (folder / "build.log").open("w") as log:
+            subprocess.run(["cmake", "-S", source, "-B", build, *flags], check=True, stdout=log)
+            target = ["cmake", "--build", build, "--target", "llama-quantize", "-j"]
+            subprocess.run(target, check=True, stdout=log)
+    [convert] = folder.glob("llama_cpp_python-*/vendor/llama.cpp/convert_hf_to_gguf.py")
+    return LlamaCpp(convert, quantize)
 
 
 @dataclass(frozen=True)
