@@ -14,6 +14,7 @@ from mergekit_lite.text import plain
 if TYPE_CHECKING:
     from mergekit_lite.analyse.diff import Diff
     from mergekit_lite.checkpoint.locate import Source
+    from mergekit_lite.checkpoint.protocol import Checkpoint
 
 __all__ = ["command"]
 
@@ -47,7 +48,7 @@ def command(
     that changed. Of several models: how alike their changes are, and in which share of the
     elements that two or more changed their signs disagree.
 
-    A model may be a base with adapters: base+adapter.
+    A model may be a base with adapters, base+adapter, or a GGUF file: what quantizing changed.
     """
     from mergekit_lite.analyse.data import diff_data
     from mergekit_lite.analyse.diff import compare_models
@@ -63,10 +64,8 @@ def command(
     try:
         every = [_open(name, opened) for name in names]
         with make_progress(quiet or as_json) as progress:
-            found = compare_models(
-                every[0].checkpoint, [source.checkpoint for source in every[1:]], names,
-                threads or default_threads(), progress,
-            )  # fmt: skip
+            first, *others = _comparable([source.checkpoint for source in every])
+            found = compare_models(first, others, names, threads or default_threads(), progress)
     finally:
         for source in opened.values():
             source.checkpoint.close()
@@ -87,6 +86,14 @@ def _open(name: str, opened: dict[str, Source]) -> Source:
     from mergekit_lite.adapters.locate import open_model
 
     return open_model(name, Path(), opened)
+
+
+def _comparable(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    if all(type(checkpoint).__name__ != "GgufCheckpoint" for checkpoint in checkpoints):
+        return checkpoints
+    from exporters.gguf.compare import comparable
+
+    return comparable(checkpoints)
 
 
 def _show(found: Diff, *, every: bool) -> None:

@@ -196,6 +196,22 @@ def test_again(pack: Pack, tmp_path: Path, models: Path) -> None:
     assert "is quantized already (Q4_K, Q6_K)" in ran.err
 
 
+def test_compared_with_the_model(pack: Pack, tmp_path: Path, models: Path) -> None:
+    """pack diff of a model and its file: nothing in float32, a little in 4 bits."""
+    base = models / "base"
+    words = ("quantize", "--no-verify", "-q", "--name", "x", base)
+    for kind in ("f32", "q4_k_m"):
+        assert pack(*words, "--to", "gguf", kind, "-o", tmp_path / kind).code == 0
+    ran = pack("diff", base, tmp_path / "f32", tmp_path / "q4_k_m", "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert len(found["tensors"]) == 21
+    for tensor in found["tensors"].values():
+        exact, coarse = tensor["relative_change"]
+        assert exact == 0
+        assert coarse < 0.15
+
+
 def _importance(path: Path, columns: dict[str, int]) -> Path:
     """An importance matrix in both of llama.cpp's forms."""
     random = np.random.default_rng(0)
