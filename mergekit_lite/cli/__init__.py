@@ -27,6 +27,7 @@ COMMANDS = {
     "adapters": "Package adapters beside their base, for switching while it runs.",
     "inspect": "Show what a checkpoint, an adapter or a recipe is.",
     "diff": "Show what fine-tunes changed in their base, by layer and module.",
+    "licenses": "Show what licences of models ask of what is made of them.",
     "plan": "Show what a recipe would do, without reading weights.",
     "methods": "List merge methods, their parameters, formulas and papers.",
     "recipes": "List recipes to start from, or print one.",

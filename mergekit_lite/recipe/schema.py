@@ -167,6 +167,18 @@ class Recipe(_Section):
         ),
     ] = None
     merge_method: Annotated[str, Field(description="See `pack methods`.")]
+    license: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=200,
+            description="Licence that the result is released under: the Hub's id, or SPDX's.",
+        ),
+    ] = None
+    licenses: Annotated[
+        dict[str, str] | None,
+        Field(description="Licences of models, by their names here, where they do not say it."),
+    ] = None
     base_model: ModelName | None = None
     models: Annotated[list[ModelEntry], Field(min_length=1)] | None = None
     slices: Annotated[list[Slice], Field(min_length=1)] | None = None

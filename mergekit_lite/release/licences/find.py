@@ -1,0 +1,119 @@
+"""The licence of a parent: as the recipe states it, else its card, its config, its LICENSE file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_lite.checkpoint.card import read_card
+from mergekit_lite.release.licences.combine import Parent
+from mergekit_lite.release.licences.table import find_licence
+
+__all__ = ["Stated", "find_parent", "licence_files"]
+
+_LIMIT = 1 << 16
+_TEXTS: Sequence[tuple[str, str]] = (
+    (r"llama 4 community license", "llama4"),
+    (r"llama 3\.3 community license", "llama3.3"),
+    (r"llama 3\.2 community license", "llama3.2"),
+    (r"llama 3\.1 community license", "llama3.1"),
+    (r"meta llama 3 community license", "llama3"),
+    (r"llama 2 community license", "llama2"),
+    (r"gemma terms of use", "gemma"),
+    (r"qwen research license", "qwen-research"),
+    (r"tongyi qianwen license", "tongyi-qianwen"),
+    (r"qwen license agreement", "qwen"),
+    (r"mistral ai research license", "mrl"),
+    (r"mistral ai non-production license", "mnpl"),
+    (r"deepseek license agreement", "deepseek"),
+    (r"exaone ai model license", "exaone"),
+    (r"falcon 2.*tii license", "falcon-2"),
+    (r"bigscience (bloom )?rail", "bigscience-openrail-m"),
+    (r"open ?rail", "openrail"),
+    (r"openmdw", "openmdw-1.0"),
+    (r"gnu affero general public license", "agpl-3.0"),
+    (r"gnu general public license", "gpl-3.0"),
+    (r"attribution-noncommercial-sharealike 4\.0", "cc-by-nc-sa-4.0"),
+    (r"attribution-noncommercial 4\.0", "cc-by-nc-4.0"),
+    (r"attribution-sharealike 4\.0", "cc-by-sa-4.0"),
+    (r"attribution 4\.0 international", "cc-by-4.0"),
+    (r"cc0 1\.0 universal", "cc0-1.0"),
+    (r"apache license\s+version 2\.0", "apache-2.0"),
+    (r"permission is hereby granted, free of charge", "mit"),
+    (r"neither the name of .* nor the names of its contributors", "bsd-3-clause"),
+    (r"redistributions of source code must retain", "bsd-2-clause"),
+    (r"permission to use, copy, modify, and/or distribute this software", "isc"),
+    (r"this is free and unencumbered software", "unlicense"),
+)
+"""Words that tell licences' texts apart; the first that is found holds."""
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Where a licence is stated.
+
+    Attributes:
+        where: ``recipe``, ``card``, ``config`` or the name of a file.
+        name: As it stands there.
+    """
+
+    where: str
+    name: str
+
+
+def find_parent(
+    name: str,
+    folder: Path | None,
+    config: Mapping[str, object],
+    by_recipe: str | None = None,
+    kind: str = "model",
+) -> tuple[Parent, list[str]]:
+    """A parent with its licence, and what should be known of how it was found.
+
+    Args:
+        name: As the user wrote it.
+        folder: Where its small files lie; None for a bare file.
+        config: Contents of its config.json.
+        by_recipe: What the recipe says that its licence is.
+        kind: ``model``, ``adapter`` or ``data``.
+    """
+    every = [*([Stated("recipe", by_recipe)] if by_recipe else []), *_stated(folder, config)]
+    known = [(stated, found) for stated in every if (found := find_licence(stated.name))]
+    notes = []
+    if len({found.id for _, found in known}) > 1:
+        said = ", ".join(f"{found.id} in its {stated.where}" for stated, found in known)
+        notes.append(
+            f"{name}: its licence is stated differently: {said}; {known[0][1].id} is taken"
+        )
+    stated = known[0][0] if known else every[0] if every else Stated("", "")
+    licence = known[0][1] if known else None
+    return Parent(name, licence, stated.name, kind), notes
+
+
+def _stated(folder: Path | None, config: Mapping[str, object]) -> list[Stated]:
+    """What its card, its config and its licence file say, in this order."""
+    found = []
+    if folder is not None and folder.is_dir():
+        card = read_card(folder)
+        names = card.texts("license_name") or () if card.texts("license") == ("other",) else ()
+        found += [Stated("card", name) for name in (*names, *card.texts("license"))]
+    stated = config.get("license")
+    if isinstance(stated, str) and stated:
+        found.append(Stated("config", stated))
+    for path in licence_files(folder):
+        text = path.read_bytes()[:_LIMIT].decode("utf-8", "replace").lower()
+        plain = re.sub(r"\s+", " ", text)
+        named = next((name for words, name in _TEXTS if re.search(words, plain)), None)
+        if named is not None:
+            found.append(Stated(path.name, named))
+    return [stated for stated in found if stated.name != "other"]
+
+
+def licence_files(folder: Path | None) -> list[Path]:
+    """The files of a model that hold licence texts, sorted."""
+    if folder is None or not folder.is_dir():
+        return []
+    patterns = ("LICEN[CS]E*", "COPYING*", "licen[cs]e*")
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})

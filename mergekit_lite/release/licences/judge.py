@@ -1,0 +1,108 @@
+"""Licences of what a recipe or a command line names, from small files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.analyse.look import holds_adapter, look_at
+from mergekit_lite.checkpoint.locate import Source
+from mergekit_lite.methods import ALIASES, METHODS
+from mergekit_lite.recipe import read_recipe
+from mergekit_lite.release.licences.combine import Parent, Verdict, combine
+from mergekit_lite.release.licences.find import find_parent
+
+__all__ = ["Judged", "judge_models", "judge_recipe"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was found.
+
+    Attributes:
+        parents: What goes in.
+        verdict: What follows.
+        notes: What the user should know.
+    """
+
+    parents: Sequence[Parent]
+    verdict: Verdict
+    notes: Sequence[str]
+
+    def describe(self) -> dict[str, Any]:
+        """As data for JSON."""
+        return {
+            "parents": [
+                {
+                    "name": parent.name,
+                    "kind": parent.kind,
+                    "licence": parent.licence.id if parent.licence else None,
+                    "stated": parent.stated,
+                }
+                for parent in self.parents
+            ],
+            "obligations": [asdict(obligation) for obligation in self.verdict.obligations],
+            "conflicts": [asdict(conflict) for conflict in self.verdict.conflicts],
+            "release_as": list(self.verdict.release_as),
+            "notes": list(self.notes),
+        }
+
+
+def judge_recipe(path: Path, released_as: str | None = None, name: str | None = None) -> Judged:
+    """Judge what a recipe makes.
+
+    Args:
+        path: The recipe's file.
+        released_as: Licence of the release, instead of the recipe's.
+        name: Of the release, instead of the recipe's, where the recipe states one.
+
+    Raises:
+        PackError: The recipe is wrong, or a model is not there.
+    """
+    recipe = read_recipe(path, METHODS, ALIASES)
+    names = [entry.model for entry in recipe.models or []]
+    names += [source.model for part in recipe.slices or [] for source in part.sources]
+    names += [recipe.base_model] if recipe.base_model else []
+    stated = name or (recipe.name if recipe.name != path.stem else None)
+    return judge_models(
+        list(dict.fromkeys(names)), path.parent, released_as or recipe.license, stated,
+        recipe.licenses or {},
+    )  # fmt: skip
+
+
+def judge_models(
+    names: Sequence[str],
+    home: Path,
+    released_as: str | None = None,
+    name: str | None = None,
+    by_recipe: Mapping[str, str] | None = None,
+) -> Judged:
+    """Judge what is made of models.
+
+    Raises:
+        PackError: A model is not there.
+    """
+    parents: dict[str, Parent] = {}
+    notes: list[str] = []
+    for reference in names:
+        source = look_at(reference, home)
+        try:
+            for part in source.sources:
+                kind = "adapter" if holds_adapter(part) or part in source.parts[1:] else "model"
+                parent, found = _parent(part, kind, by_recipe or {})
+                if part.reference not in parents:
+                    parents[part.reference] = parent
+                    notes += found
+        finally:
+            for part in source.sources:
+                part.checkpoint.close()
+    every = list(parents.values())
+    return Judged(every, combine(every, released_as, name), notes)
+
+
+def _parent(source: Source, kind: str, by_recipe: Mapping[str, str]) -> tuple[Parent, list[str]]:
+    stated = by_recipe.get(source.reference)
+    folder = source.checkpoint.folder
+    return find_parent(source.reference, folder, source.checkpoint.config, stated, kind)
