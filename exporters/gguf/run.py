@@ -239,6 +239,7 @@ def _publish(
             "format": "gguf",
             "scheme": request.scheme.mixture.name,
             **prepared.model.describe(),
+            "bits_per_weight": round(_bits(prepared, planned), 3),
             "types": {name: kind.name for name, kind in planned.kinds.items()},
             "notes": prepared.notes,
             "verification": None if checked is None else checked.describe(),

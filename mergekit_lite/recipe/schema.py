@@ -149,6 +149,26 @@ class TokenizerSection(_Section):
     source: Annotated[str, Field(min_length=1, description="base, union, or one of the models.")]
 
 
+_Text = Annotated[str, Field(min_length=1, max_length=20_000)]
+
+
+class CardSection(_Section):
+    """What only the author of a release knows."""
+
+    summary: _Text | None = None
+    intended_use: _Text | None = None
+    out_of_scope: _Text | None = None
+    training_data: _Text | None = None
+    evaluation: _Text | None = None
+    limitations: _Text | None = None
+    ethics: _Text | None = None
+    citation: _Text | None = None
+    authors: Annotated[list[_Text], Field(max_length=100)] | None = None
+    contact: _Text | None = None
+    languages: Annotated[list[_Text], Field(max_length=100)] | None = None
+    tags: Annotated[list[_Text], Field(max_length=100)] | None = None
+
+
 class Recipe(_Section):
     """A merge: which models, by which method, into what."""
 
@@ -178,6 +198,9 @@ class Recipe(_Section):
     licenses: Annotated[
         dict[str, str] | None,
         Field(description="Licences of models, by their names here, where they do not say it."),
+    ] = None
+    card: Annotated[
+        CardSection | None, Field(description="What only you know, for the card of a release.")
     ] = None
     base_model: ModelName | None = None
     models: Annotated[list[ModelEntry], Field(min_length=1)] | None = None

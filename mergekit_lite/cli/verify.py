@@ -1,0 +1,59 @@
+"""pack verify."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mergekit_lite.cli.options import human_bytes
+
+__all__ = ["command"]
+
+
+@click.command("verify", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Files hashed side by side.  [default: cores]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a summary for programs.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def command(folder: Path, threads: int | None, as_json: bool, quiet: bool) -> None:
+    """Check a release: every file against its manifest, lock, bill and provenance against files.
+
+    All that does not hold is named: changed, missing and extra files, papers that speak of others.
+    """
+    from mergekit_lite.cli.progress import make_progress
+    from mergekit_lite.errors import PackError
+    from mergekit_lite.merge.run import default_threads
+    from mergekit_lite.release.manifest import MANIFEST, read_manifest
+    from mergekit_lite.release.verify import verify_release
+
+    total = sum(entry.size for entry in read_manifest(folder / MANIFEST)[1].values())
+    with make_progress(quiet or as_json) as progress:
+        progress.begin("Verify", total)
+        found = verify_release(folder, threads or default_threads(), progress.advance)
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "name": found.name,
+                    "version": found.version,
+                    "digest": found.digest,
+                    "files": found.files,
+                    "problems": list(found.problems),
+                }
+            )
+        )
+    if found.problems:
+        listed = "".join(f"\n  {problem}" for problem in found.problems)
+        raise PackError(
+            f"{folder}: {len(found.problems)} thing(s) do not hold:{listed}",
+            "Do not use this release; download it again from whoever made it.",
+        )
+    if not quiet and not as_json:
+        click.echo(
+            f"{found.name} {found.version}: {found.files} files, {human_bytes(found.size)}, all as "
+            f"they were released; sha256:{found.digest}"
+        )

@@ -1,0 +1,109 @@
+"""What was made under a name: the results below dist/NAME, each with its lock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.errors import FileFormatError, PackError, nearest
+from mergekit_lite.merge.lock import LOCK_NAME
+from mergekit_lite.release.manifest import Entry
+
+__all__ = ["Artifact", "Made", "gather", "last_name"]
+
+_MAIN = ("merge", "adapter", "extract", "adapters")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One result.
+
+    Attributes:
+        folder: Where it lies.
+        lock: Contents of its lock.
+        files: Its files but the lock, with the digests that were computed as they were written.
+    """
+
+    folder: Path
+    lock: Mapping[str, Any]
+    files: Sequence[Entry]
+
+    @property
+    def kind(self) -> str:
+        """What made it: ``merge``, ``quantize``, ``adapter`` or another word."""
+        return str(self.lock.get("kind"))
+
+
+@dataclass(frozen=True)
+class Made:
+    """All results of a name.
+
+    Attributes:
+        name: Theirs.
+        artifacts: Sorted, the model or adapter itself first.
+    """
+
+    name: str
+    artifacts: Sequence[Artifact]
+
+    @property
+    def main(self) -> Artifact:
+        """The model or adapter itself, or what else there is."""
+        return self.artifacts[0]
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The recipe that it was made by; empty where there was none."""
+        found = (a.lock.get("recipe") for a in self.artifacts)
+        return next((recipe for recipe in found if isinstance(recipe, dict)), {})
+
+
+def gather(dist: Path, name: str) -> Made:
+    """Find the results of a name.
+
+    Raises:
+        PackError: There are none, or a file is not what its lock says.
+    """
+    folder = dist / name
+    locks = sorted(folder.glob(f"*/{LOCK_NAME}"))
+    if not locks:
+        others = sorted({path.parent.parent.name for path in dist.glob(f"*/*/{LOCK_NAME}")})
+        raise PackError(
+            f"{folder}: nothing was made there{nearest(name, others)}",
+            f"Made so far: {', '.join(others)}" if others else "Run pack merge first.",
+        )
+    found = [_artifact(path) for path in locks]
+    found.sort(key=lambda a: (a.kind not in _MAIN, a.folder.name))
+    return Made(name, found)
+
+
+def _artifact(path: Path) -> Artifact:
+    try:
+        lock = json.loads(path.read_text("utf-8"))
+        files = [Entry(o["path"], o["bytes"], o["sha256"]) for o in lock["outputs"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(
+            f"{path}: is no lock of pack ({type(error).__name__})", "Make this result again."
+        ) from None
+    for entry in files:
+        file = path.parent / entry.path
+        if not file.is_file() or file.stat().st_size != entry.size:
+            raise PackError(
+                f"{file}: is not what its lock says", "Make this result again, with --force."
+            )
+    return Artifact(path.parent, lock, files)
+
+
+def last_name(dist: Path) -> str:
+    """The name under which something was made last.
+
+    Raises:
+        PackError: Nothing was made.
+    """
+    locks = list(dist.glob(f"*/*/{LOCK_NAME}"))
+    if not locks:
+        raise PackError(f"{dist}: nothing was made here yet", "Run pack merge first.")
+    return max(locks, key=lambda path: (path.stat().st_mtime_ns, path)).parent.parent.name

@@ -1,0 +1,115 @@
+"""sbom.cdx.json: the bill of materials, CycloneDX 1.6, with the model's card and its ancestors.
+
+Source of the format: the JSON schema of CycloneDX 1.6 (cyclonedx.org/docs/1.6/json). Nothing in it
+tells one run from another: the serial number follows from the content, and there is no time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mergekit_lite
+from mergekit_lite.merge.config import to_json
+from mergekit_lite.release.licences.combine import Parent
+from mergekit_lite.release.licences.table import find_licence
+from mergekit_lite.release.manifest import Entry, media_type
+
+__all__ = ["make_sbom"]
+
+
+def make_sbom(
+    name: str,
+    version: str,
+    licence: str | None,
+    architecture: str | None,
+    inputs: Sequence[Mapping[str, Any]],
+    parents: Sequence[Parent],
+    entries: Sequence[Entry],
+) -> bytes:
+    """Write the bill of materials.
+
+    Args:
+        name: Of the release.
+        version: Of the release.
+        licence: That it is released under; None if none is stated.
+        architecture: Of the model; None if its config does not say.
+        inputs: As the locks name them: model, revision, files with digests.
+        parents: The same with their licences.
+        entries: Files of the release that the bill lists.
+    """
+    licences = {parent.name: parent for parent in parents}
+    model: dict[str, Any] = {
+        "type": "machine-learning-model",
+        "bom-ref": "model",
+        "name": name,
+        "version": version,
+        "modelCard": {
+            "modelParameters": {
+                "task": "text-generation",
+                **({"modelArchitecture": architecture} if architecture else {}),
+            }
+        },
+        "pedigree": {"ancestors": [_ancestor(entry, licences) for entry in inputs]},
+    }
+    if licence:
+        model["licenses"] = [_licence(licence)]
+    document: dict[str, Any] = {
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {
+            "tools": {
+                "components": [
+                    {"type": "application", "name": "pack-models",
+                     "version": mergekit_lite.__version__}
+                ]
+            },
+            "component": model,
+        },
+        "components": [_file(entry) for entry in sorted(entries, key=lambda e: e.path)],
+    }  # fmt: skip
+    content = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    document["serialNumber"] = f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, content)}"
+    return to_json(document)
+
+
+def _licence(name: str) -> dict[str, Any]:
+    found = find_licence(name)
+    if found is None:
+        return {"license": {"name": name}}
+    if found.spdx is not None:
+        return {"license": {"id": found.spdx, "url": found.url}}
+    return {"license": {"name": found.title, "url": found.url}}
+
+
+def _ancestor(entry: Mapping[str, Any], licences: Mapping[str, Parent]) -> dict[str, Any]:
+    """A parent; its digest is that of the list of its files' digests."""
+    files = [f"{f['sha256']}  {f['path']}" for f in entry["files"]]
+    digest = hashlib.sha256("\n".join(sorted(files)).encode()).hexdigest()
+    parent = licences.get(entry["model"])
+    found: dict[str, Any] = {
+        "type": "machine-learning-model",
+        "bom-ref": f"parent:{entry['model']}",
+        "name": entry["model"],
+        "hashes": [{"alg": "SHA-256", "content": digest}],
+    }
+    if entry.get("revision"):
+        found["version"] = entry["revision"]
+    if parent is not None and (parent.licence or parent.stated):
+        found["licenses"] = [_licence(parent.licence.id if parent.licence else parent.stated)]
+    return found
+
+
+def _file(entry: Entry) -> dict[str, Any]:
+    return {
+        "type": "file",
+        "bom-ref": f"file:{entry.path}",
+        "name": entry.path,
+        "mime-type": media_type(entry.path),
+        "hashes": [{"alg": "SHA-256", "content": entry.sha256}],
+    }

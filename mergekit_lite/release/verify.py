@@ -1,0 +1,159 @@
+"""Does a release still say the truth? Every file against the manifest, every paper against files.
+
+Weights are hashed on all cores, a file for each; what does not hold is named, all of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.checkpoint.digest import sha256_of
+from mergekit_lite.merge.lock import LOCK_NAME
+from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, Entry, read_manifest
+
+__all__ = ["Checked", "verify_release"]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found.
+
+    Attributes:
+        name: Of the release.
+        version: Of the release.
+        digest: Of the release.
+        files: Number of files that were hashed.
+        size: Their bytes.
+        problems: What does not hold, a line each.
+    """
+
+    name: str
+    version: str
+    digest: str
+    files: int
+    size: int
+    problems: tuple[str, ...]
+
+
+def verify_release(
+    folder: Path, threads: int, progress: Callable[[int], None] = lambda _: None
+) -> Checked:
+    """Check a release.
+
+    Args:
+        folder: Where it lies.
+        threads: How many files are hashed side by side.
+        progress: Told the bytes that were hashed.
+
+    Raises:
+        FileFormatError: It has no manifest, or a hostile one.
+    """
+    document, entries, digest = read_manifest(folder / MANIFEST)
+    problems = list(_files(folder, entries, threads, progress))
+    lock = _json(folder / LOCK_NAME)
+    problems += _against_lock(lock, entries)
+    problems += _against_bill(_json(folder / "sbom.cdx.json"), document, entries)
+    problems += _against_provenance(_json(folder / "provenance.intoto.json"), lock, entries)
+    size = sum(entry.size for entry in entries.values())
+    return Checked(
+        str(document.get("name")), str(document.get("version")), digest, len(entries), size,
+        tuple(problems),
+    )  # fmt: skip
+
+
+def _files(
+    folder: Path, entries: Mapping[str, Entry], threads: int, progress: Callable[[int], None]
+) -> Iterator[str]:
+    """Missing, changed and extra files."""
+
+    def check(entry: Entry) -> str | None:
+        path = folder / entry.path
+        if path.is_symlink() or not path.is_file():
+            return f"{entry.path}: is missing"
+        size = path.stat().st_size
+        if size != entry.size:
+            return f"{entry.path}: has {size} bytes, the manifest says {entry.size}"
+        found = sha256_of(path)
+        progress(size)
+        return None if found == entry.sha256 else f"{entry.path}: its content was changed"
+
+    with ThreadPoolExecutor(threads) as pool:
+        largest_first = sorted(entries.values(), key=lambda e: (-e.size, e.path))
+        found = dict(zip((e.path for e in largest_first), pool.map(check, largest_first),
+                         strict=True))  # fmt: skip
+    yield from (problem for path in sorted(found) if (problem := found[path]))
+    known = {*entries, MANIFEST, SIGNATURE}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name not in known:
+            yield f"{name}: is not in the manifest"
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _against_lock(lock: Mapping[str, Any], entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Digests of what the locks say came out are among those of the files."""
+    results = lock.get("results")
+    if not isinstance(results, dict) or not results:
+        yield f"{LOCK_NAME}: names no results"
+        return
+    digests = {entry.sha256 for entry in entries.values()}
+    for name, result in sorted(results.items()):
+        outputs = result.get("outputs", []) if isinstance(result, dict) else []
+        for output in outputs:
+            if output.get("sha256") not in digests:
+                yield f"{LOCK_NAME}: '{output.get('path')}' of {name} is no file of this release"
+
+
+def _against_bill(
+    bill: Mapping[str, Any], document: Mapping[str, Any], entries: Mapping[str, Entry]
+) -> Iterator[str]:
+    """The bill lists weights with the manifest's digests, under the release's name and version."""
+    if not bill:
+        yield "sbom.cdx.json: is missing or broken"
+        return
+    model = bill.get("metadata", {}).get("component", {})
+    for key in ("name", "version"):
+        if model.get(key) != document.get(key):
+            yield f"sbom.cdx.json: is of {key} {model.get(key)!r}, not {document.get(key)!r}"
+    for component in bill.get("components", []):
+        entry = entries.get(str(component.get("name")))
+        hashes = {h.get("content") for h in component.get("hashes", [])}
+        if entry is None or entry.sha256 not in hashes:
+            yield f"sbom.cdx.json: '{component.get('name')}' differs from the manifest"
+
+
+def _against_provenance(
+    statement: Mapping[str, Any], lock: Mapping[str, Any], entries: Mapping[str, Entry]
+) -> Iterator[str]:
+    """The statement speaks of these files, and of the inputs that the locks name."""
+    name = "provenance.intoto.json"
+    if not statement:
+        yield f"{name}: is missing or broken"
+        return
+    for subject in statement.get("subject", []):
+        entry = entries.get(str(subject.get("name")))
+        if entry is None or subject.get("digest", {}).get("sha256") != entry.sha256:
+            yield f"{name}: '{subject.get('name')}' differs from the manifest"
+    results = lock.get("results")
+    inputs = {
+        file.get("sha256")
+        for result in (results.values() if isinstance(results, dict) else ())
+        for source in result.get("inputs", [])
+        for file in source.get("files", [])
+    }
+    definition = statement.get("predicate", {}).get("buildDefinition", {})
+    stated = {d.get("digest", {}).get("sha256") for d in definition.get("resolvedDependencies", [])}
+    if stated != inputs:
+        yield f"{name}: names other inputs than {LOCK_NAME}"

@@ -1,0 +1,291 @@
+"""Releases: what is in them, that they are the same anywhere, and what verify finds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mergekit_lite.errors import FileFormatError, PackError
+from mergekit_lite.release.card import render_card
+from mergekit_lite.release.manifest import read_manifest
+from mergekit_lite.release.verify import verify_release
+from tests.conftest import digests, random_models
+
+Pack = Callable[..., Any]
+CARD = {
+    "summary": "A model of **ours**.", "intended_use": "Tests.", "out_of_scope": "All else.",
+    "evaluation": "None.", "limitations": "Random weights.", "authors": ["The authors"],
+    "citation": "None.", "languages": ["en"], "tags": ["tiny"],
+}  # fmt: skip
+
+
+def _recipe(folder: Path, **keys: object) -> Path:
+    document = {
+        "merge_method": "ties", "base_model": "base", "name": "mine", "version": "1.2.0",
+        "license": "apache-2.0", "card": CARD,
+        "models": [{"model": "a", "parameters": {"density": 0.5}}, {"model": "b"}], **keys,
+    }  # fmt: skip
+    path = folder / "r.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def _models(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    random_models(folder, "ab")
+    for name, licence in (("base", "apache-2.0"), ("a", "apache-2.0"), ("b", "mit")):
+        (folder / name / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    (folder / "base" / "LICENSE").write_text("Apache License\nVersion 2.0 …")
+    (folder / "base" / "NOTICE").write_text("Copyright of the base")
+    return folder
+
+
+@pytest.fixture
+def release(pack: Pack, tmp_path: Path) -> Path:
+    """A release of a merge."""
+    home = _models(tmp_path / "home")
+    assert pack("merge", _recipe(home), "-q", cwd=home).code == 0
+    ran = pack("release", "mine", "-q", cwd=home)
+    assert ran.code == 0, ran.err
+    return home / "dist" / "mine" / "release" / "1.2.0"
+
+
+def test_what_is_in_it(pack: Pack, release: Path) -> None:
+    names = {p.relative_to(release).as_posix() for p in release.rglob("*") if p.is_file()}
+    assert names >= {
+        "model.safetensors", "config.json", "README.md", "LICENSE", "NOTICE", "recipe.yaml",
+        "pack.lock", "MANIFEST.json", "sbom.cdx.json", "provenance.intoto.json",
+        "licenses/base/LICENSE",
+    }  # fmt: skip
+    merged = release.parents[1] / "merged" / "model.safetensors"
+    assert (release / "model.safetensors").stat().st_ino == merged.stat().st_ino
+    notice = (release / "NOTICE").read_text()
+    assert "Copyright of the base" in notice
+    assert "- b (MIT License)" in notice
+    card = (release / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["license"] == "apache-2.0"
+    assert head["tags"] == ["merge", "tiny"]
+    assert "A model of **ours**." in card
+    assert "density: 0.5" in card
+    ran = pack("verify", release)
+    assert ran.code == 0, ran.err
+    assert "all as they were released" in ran.out
+
+
+def test_the_bill_of_materials(release: Path) -> None:
+    """Valid by CycloneDX's own schema, as the library has it."""
+    pytest.importorskip("cyclonedx")
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    text = (release / "sbom.cdx.json").read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    bill = json.loads(text)
+    ancestors = bill["metadata"]["component"]["pedigree"]["ancestors"]
+    assert [ancestor["name"] for ancestor in ancestors] == ["a", "b", "base"]
+
+
+def test_the_provenance(release: Path) -> None:
+    statement = json.loads((release / "provenance.intoto.json").read_text())
+    assert statement["_type"] == "https://in-toto.io/Statement/v1"
+    dependencies = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+    found = {d["name"]: d["digest"]["sha256"] for d in dependencies}
+    weights = release.parents[3] / "a" / "model.safetensors"
+    assert found["a/model.safetensors"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_the_same_anywhere(
+    pack: Pack, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another folder, time zone, locale, umask, and with other threads."""
+    other = _models(tmp_path / "elsewhere" / "deep")
+    monkeypatch.setenv("TZ", "Asia/Kathmandu")
+    monkeypatch.setenv("LC_ALL", "C")
+    before = os.umask(0o077)
+    try:
+        assert pack("merge", _recipe(other), "-q", "--threads", 1, cwd=other).code == 0
+        assert pack("release", "-q", cwd=other).code == 0
+    finally:
+        os.umask(before)
+    assert digests(other / "dist" / "mine" / "release" / "1.2.0") == digests(release)
+
+
+def _flip(path: Path, at: int = -5) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.unlink()  # it may be a link
+    path.write_bytes(raw)
+
+
+def _swap(first: Path, second: Path) -> None:
+    one, two = first.read_bytes(), second.read_bytes()
+    first.unlink()
+    second.unlink()
+    first.write_bytes(two)
+    second.write_bytes(one)
+
+
+def _edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.unlink()
+    path.write_text(text.replace(old, new, 1))
+
+
+def _sealed_again(folder: Path, path: str) -> None:
+    """Whoever tampers may also mend the manifest."""
+    content = (folder / path).read_bytes()
+    manifest = folder / "MANIFEST.json"
+    document = json.loads(manifest.read_text())
+    for entry in document["files"]:
+        if entry["path"] == path:
+            entry["sha256"] = hashlib.sha256(content).hexdigest()
+            entry["bytes"] = len(content)
+    manifest.write_text(json.dumps(document))
+
+
+def _mend(change: Callable[[Path], None], path: str) -> Callable[[Path], None]:
+    def both(folder: Path) -> None:
+        change(folder)
+        _sealed_again(folder, path)
+
+    return both
+
+
+TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a byte of the weights": (
+        lambda f: _flip(f / "model.safetensors"), "model.safetensors: its content was changed"),
+    "weights cut off": (
+        lambda f: (f / "model.safetensors").write_bytes(b"x"), "model.safetensors: has 1 bytes"),
+    "two files swapped": (
+        lambda f: _swap(f / "LICENSE", f / "NOTICE"), "LICENSE: has"),
+    "the card": (
+        lambda f: _edit(f / "README.md", "Random weights", "Perfect weight"),
+        "README.md: its content was changed"),
+    "a licence text dropped": (
+        lambda f: (f / "licenses/base/LICENSE").unlink(), "licenses/base/LICENSE: is missing"),
+    "an extra file": (
+        lambda f: (f / "model-2.safetensors").write_bytes(b"x"),
+        "model-2.safetensors: is not in the manifest"),
+    "the lock": (
+        lambda f: _edit(f / "pack.lock", '"seed": 0', '"seed": 1'),
+        "pack.lock: its content was changed"),
+    "weights, and the manifest mended": (
+        _mend(lambda f: _flip(f / "model.safetensors"), "model.safetensors"),
+        "pack.lock: 'model.safetensors' of merged is no file of this release"),
+    "the bill, and the manifest mended": (
+        _mend(lambda f: _edit(f / "sbom.cdx.json", '"version": "1.2.0"', '"version": "9.9.9"'),
+              "sbom.cdx.json"), "sbom.cdx.json: is of version '9.9.9'"),
+    "the provenance, and the manifest mended": (
+        _mend(lambda f: (f / "provenance.intoto.json").write_text("{}"), "provenance.intoto.json"),
+        "provenance.intoto.json: is missing or broken"),
+    "inputs of the lock, and the manifest mended": (
+        _mend(lambda f: _edit(f / "pack.lock", json.loads((f / "pack.lock").read_text())["results"]
+                              ["merged"]["inputs"][0]["files"][0]["sha256"], "0" * 64),
+              "pack.lock"), "provenance.intoto.json: names other inputs"),
+    "a link in the place of a file": (
+        lambda f: ((f / "NOTICE").unlink(), (f / "NOTICE").symlink_to("/etc/hostname")),
+        "NOTICE: is missing"),
+    "the bill gone": (lambda f: (f / "sbom.cdx.json").unlink(), "sbom.cdx.json: is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_tampering(pack: Pack, release: Path, case: str) -> None:
+    """Each is caught, and named."""
+    change, message = TAMPERED[case]
+    change(release)
+    ran = pack("verify", release, "-q")
+    assert ran.code == 1
+    assert message in ran.err
+    assert any(message in problem for problem in verify_release(release, 2).problems)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "{", '{"files": [{"path": "../x", "bytes": 1, "sha256": ""}]}',
+        '{"files": [{"path": "/etc/x", "bytes": 1, "sha256": ""}]}', '{"files": [{"path": "x"}]}',
+    ],
+)  # fmt: skip
+def test_hostile_manifests(tmp_path: Path, content: str) -> None:
+    (tmp_path / "MANIFEST.json").write_text(content)
+    with pytest.raises(FileFormatError):
+        read_manifest(tmp_path / "MANIFEST.json")
+
+
+def test_versions(pack: Pack, release: Path) -> None:
+    """A version never changes; a release wants one."""
+    home = release.parents[3]
+    ran = pack("release", "mine", cwd=home)
+    assert ran.code == 1
+    assert "version 1.2.0 was released already" in ran.err
+    assert pack("release", "mine", "--version", "1.3.0", "-q", cwd=home).code == 0
+    ran = pack("release", "mine", "--version", "latest", cwd=home)
+    assert "no semantic version" in ran.err
+    ran = pack("release", "mien", cwd=home)
+    assert ran.code == 1
+    assert "did you mean 'mine'" in ran.err
+
+
+def test_what_is_missing(pack: Pack, tmp_path: Path) -> None:
+    """Warned of; an error under --production, and nothing is written."""
+    home = _models(tmp_path / "home")
+    shutil.rmtree(home / "b")
+    shutil.copytree(home / "a", home / "b")
+    (home / "b" / "README.md").unlink()
+    recipe = _recipe(home, card={"summary": "x"})
+    assert pack("merge", recipe, "-q", cwd=home).code == 0
+    ran = pack("release", "--production", cwd=home)
+    assert ran.code == 1
+    assert "the licence of b is not known" in ran.err
+    assert "the card lacks 'intended_use'" in ran.err
+    assert not (home / "dist" / "mine" / "release" / "1.2.0").exists()
+    ran = pack("release", cwd=home)
+    assert ran.code == 0, ran.err
+    assert "warning: the licence of b is not known" in ran.err
+
+
+def test_licences_that_conflict(pack: Pack, tmp_path: Path) -> None:
+    home = _models(tmp_path / "home")
+    (home / "a" / "README.md").write_text("---\nlicense: gpl-3.0\n---\n")
+    assert pack("merge", _recipe(home), "-q", cwd=home).code == 0
+    ran = pack("release", cwd=home)
+    assert ran.code == 1
+    assert "cannot be released as apache-2.0, only as gpl-3.0" in ran.err
+    assert list((home / "dist" / "mine").glob("release/*")) == []
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}", "{% include '/etc/passwd' %}", "{{ name.__init__ }}",
+        "{{ self._TemplateReference__context }}", "{% import 'os' as os %}", "{{ nothing }}",
+        "{{ card.update({}) }}", "{{ cycler.__init__.__globals__ }}", "{% for %}",
+        "{{ '%s' | format(name.__class__) }}", "{{ range(10**9) | list }}",
+    ],
+)  # fmt: skip
+def test_the_sandbox(template: str) -> None:
+    """A template gets data: no file, no attribute of Python's own, no change of its data."""
+    with pytest.raises(PackError, match="cannot be rendered"):
+        render_card(template, {"name": "x", "card": {"a": 1}})
+
+
+def test_a_template_of_ones_own(pack: Pack, release: Path) -> None:
+    home = release.parents[3]
+    (home / "card.jinja").write_text(
+        "---\n{{ front_matter }}---\n{{ name }} of {{ card.authors[0] }}"
+    )
+    ran = pack("release", "--version", "2.0.0", "--template", "card.jinja", "-q", cwd=home)
+    assert ran.code == 0, ran.err
+    card = (release.parent / "2.0.0" / "README.md").read_text()
+    assert card.endswith("mine of The authors")
