@@ -9,6 +9,7 @@ takes the server, the request and the match of its path, and add a line to the t
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -80,6 +81,8 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    tags: set[str] = field(default_factory=set)
+    large: dict[str, bytes] = field(default_factory=dict)
 
     def find(self, revision: str) -> str | None:
         """The commit that a branch, a tag, or a hash or its beginning means."""
@@ -282,6 +285,118 @@ def resolve(server: HubServer, request: Request, words: Mapping[str, str]) -> Re
     return Reply(206, data[start:stop], headers)
 
 
+def create(server: HubServer, request: Request, _words: Mapping[str, str]) -> Reply:
+    """Make a repository; it begins with the file that the Hub puts there."""
+    asked = json.loads(request.body)
+    repo = f"{asked.get('organization') or 'someone'}/{asked['name']}"
+    reply = {"url": f"{server.url}/{repo}", "id": repo, "name": repo}
+    if repo in server.repositories:
+        return _json({**reply, "error": "You already created this model repo"}, 409)
+    server.add(repo, {".gitattributes": b"*.safetensors filter=lfs\n"})
+    return _json(reply)
+
+
+def refs(server: HubServer, _request: Request, words: Mapping[str, str]) -> Reply:
+    """Branches and tags."""
+    repository, _ = _commit(server, words, "main")
+    listed = {
+        kind: [
+            {"name": name, "ref": f"refs/{where}/{name}", "targetCommit": sha}
+            for name, sha in sorted(repository.refs.items())
+            if (name in repository.tags) == (kind == "tags")
+        ]
+        for kind, where in (("branches", "heads"), ("tags", "tags"))
+    }
+    return _json({**listed, "converts": []})
+
+
+def preupload(_server: HubServer, request: Request, _words: Mapping[str, str]) -> Reply:
+    """Tell which files go to the large-file storage."""
+    files = json.loads(request.body)["files"]
+    return _json(
+        {
+            "files": [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in files
+            ]
+        }
+    )
+
+
+def lfs_batch(server: HubServer, request: Request, words: Mapping[str, str]) -> Reply:
+    """Say where large files are to be sent; those that are there need not be."""
+    repository = server.repositories[words["repo"]]
+    objects = []
+    for entry in json.loads(request.body)["objects"]:
+        found: dict[str, Any] = {"oid": entry["oid"], "size": entry["size"]}
+        if entry["oid"] not in repository.large:
+            found["actions"] = {
+                "upload": {"href": f"{server.url}/lfs/{words['repo']}/{entry['oid']}"},
+                "verify": {"href": f"{server.url}/lfs-verify/{words['repo']}"},
+            }
+        objects.append(found)
+    reply = _json({"transfer": "basic", "objects": objects})
+    reply.headers["Content-Type"] = "application/vnd.git-lfs+json"
+    return reply
+
+
+def lfs_put(server: HubServer, request: Request, words: Mapping[str, str]) -> Reply:
+    """Take a large file, if it is what it is said to be."""
+    if hashlib.sha256(request.body).hexdigest() != words["oid"]:
+        return Reply(422, b"another digest")
+    server.repositories[words["repo"]].large[words["oid"]] = request.body
+    return Reply(200)
+
+
+def lfs_verify(server: HubServer, request: Request, words: Mapping[str, str]) -> Reply:
+    """Say whether a large file has come."""
+    asked = json.loads(request.body)
+    there = asked["oid"] in server.repositories[words["repo"]].large
+    return Reply(200 if there else 404)
+
+
+def commit(server: HubServer, request: Request, words: Mapping[str, str]) -> Reply:
+    """Make a commit of additions and deletions, on the parent that the client names."""
+    repository, head = _commit(server, words, words["revision"])
+    files = dict(repository.commits[head])
+    for line in request.body.splitlines():
+        entry = json.loads(line)
+        value = entry["value"]
+        if entry["key"] == "header" and value.get("parentCommit") not in (None, head):
+            return _json({"error": "the branch has moved"}, 412)
+        if entry["key"] == "file":
+            files[value["path"]] = base64.b64decode(value["content"])
+        elif entry["key"] == "lfsFile":
+            if value["oid"] not in repository.large:
+                return _json({"error": "a large file has not come"}, 422)
+            files[value["path"]] = repository.large[value["oid"]]
+        elif entry["key"] == "deletedFile":
+            files.pop(value["path"])
+    sha = server.add(words["repo"], files, words["revision"])
+    url = f"{server.url}/{words['repo']}/commit/{sha}"
+    return _json({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
+
+
+def tag(server: HubServer, request: Request, words: Mapping[str, str]) -> Reply:
+    """Name a commit."""
+    repository, sha = _commit(server, words, words["revision"])
+    name = json.loads(request.body)["tag"]
+    if name in repository.refs:
+        return _json({"error": "the tag is there already"}, 409)
+    repository.refs[name] = sha
+    repository.tags.add(name)
+    return Reply(200)
+
+
+def validate(_server: HubServer, _request: Request, _words: Mapping[str, str]) -> Reply:
+    """Find nothing wrong with a card."""
+    return _json({"errors": [], "warnings": []})
+
+
 Route = Callable[[HubServer, Request, Mapping[str, str]], Reply]
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
@@ -289,6 +404,15 @@ _REVISION = r"(?P<revision>[^/]+)"
 ROUTES: tuple[tuple[tuple[str, ...], str, Route], ...] = (
     (("GET",), rf"/api/models/{_REPO}(/revision/{_REVISION})?", model_info),
     (("GET",), rf"/api/models/{_REPO}/tree/{_REVISION}", tree),
+    (("POST",), "/api/repos/create", create),
+    (("POST",), "/api/validate-yaml", validate),
+    (("GET",), rf"/api/models/{_REPO}/refs", refs),
+    (("POST",), rf"/api/models/{_REPO}/preupload/{_REVISION}", preupload),
+    (("POST",), rf"/{_REPO}\.git/info/lfs/objects/batch", lfs_batch),
+    (("PUT",), rf"/lfs/{_REPO}/(?P<oid>[0-9a-f]+)", lfs_put),
+    (("POST",), rf"/lfs-verify/{_REPO}", lfs_verify),
+    (("POST",), rf"/api/models/{_REPO}/commit/{_REVISION}", commit),
+    (("POST",), rf"/api/models/{_REPO}/tag/{_REVISION}", tag),
     (("GET", "HEAD"), rf"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", resolve),
 )
 """Methods, path, and what answers; the first that fits counts."""

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_lite.cli.options import human_bytes
+from mergekit_lite.release.manifest import MANIFEST, read_manifest
 from mergekit_lite.text import plain
+
+if TYPE_CHECKING:
+    from mergekit_lite.release.bundle import Release
+    from mergekit_lite.release.push import Pushed, Target
 
 __all__ = ["command"]
 
@@ -21,6 +29,13 @@ __all__ = ["command"]
     help="Template of the card, in Jinja; it is rendered in a sandbox.",
 )  # fmt: skip
 @click.option("--production", is_flag=True, help="Make an error of what a good release would have.")
+@click.option(
+    "--push-hub", "repo", is_flag=False, flag_value="", default=None, metavar="[ORG/NAME]",
+    help="Push it to the Hub: one commit, then a tag.  [default: hub: of the recipe]",
+)  # fmt: skip
+@click.option("--private", is_flag=True, help="With --push-hub: a new repository is private.")
+@click.option("--pull-request", is_flag=True, help="With --push-hub: open a pull request.")
+@click.option("--dry-run", is_flag=True, help="With --push-hub: show what would be sent.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary for programs.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def command(
@@ -28,6 +43,10 @@ def command(
     version: str | None,
     template: Path | None,
     production: bool,
+    repo: str | None,
+    private: bool,
+    pull_request: bool,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -42,35 +61,81 @@ def command(
     """
     from mergekit_lite.release.bundle import make_release
     from mergekit_lite.release.gather import gather, last_name
+    from mergekit_lite.release.push import describe
 
     dist = Path("dist")
     made = gather(dist, name or last_name(dist))
+    target = _target(repo, made.recipe, private, pull_request, dry_run)
     text = template.read_text("utf-8") if template is not None else None
-    released = make_release(made, dist, Path(), version, text, production)
-    size = sum(entry.size for entry in released.entries)
+    chosen = version or made.recipe.get("version")
+    folder = dist / made.name / "release" / str(chosen)
+    released = None
+    if target is None or not (folder / MANIFEST).is_file():
+        released = make_release(made, dist, Path(), version, text, production)
+        folder = released.folder
+        for warning in released.warnings:
+            click.secho(plain(f"warning: {warning}"), fg="yellow", err=True)
+        for note in released.notes if not quiet else ():
+            click.echo(plain(f"note: {note}"), err=True)
+    pushed = None if target is None else _push(folder, target, quiet or as_json)
     if as_json:
+        click.echo(json.dumps({**_describe(folder, released), **describe(pushed)}))
+    elif not quiet:
+        _show(folder, released, pushed)
+
+
+def _target(
+    repo: str | None, recipe: Mapping[str, Any], private: bool, pull_request: bool, dry_run: bool
+) -> Target | None:
+    from mergekit_lite.release.push import Target
+
+    if repo is None:
+        if private or pull_request or dry_run:
+            raise click.UsageError("--private, --pull-request and --dry-run go with --push-hub")
+        return None
+    chosen = repo or recipe.get("hub")
+    if not chosen:
+        raise click.UsageError("say where: --push-hub ORG/NAME, or hub: ORG/NAME in the recipe")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", chosen):
+        raise click.UsageError(f"'{chosen}' is no repository of the Hub: write ORG/NAME")
+    return Target(chosen, private, pull_request, dry_run)
+
+
+def _push(folder: Path, target: Target, quiet: bool) -> Pushed:
+    from mergekit_lite.cli.progress import make_progress
+    from mergekit_lite.merge.run import default_threads
+    from mergekit_lite.release.push import push_release
+
+    total = sum(entry.size for entry in read_manifest(folder / MANIFEST)[1].values())
+    with make_progress(quiet) as progress:
+        progress.begin("Check", total)
+        return push_release(folder, target, default_threads(), progress.advance)
+
+
+def _describe(folder: Path, released: Release | None) -> dict[str, Any]:
+    document, entries, digest = read_manifest(folder / MANIFEST)
+    return {
+        "folder": str(folder),
+        "name": document["name"],
+        "version": document["version"],
+        "digest": digest,
+        "files": len(entries) + 1,
+        "bytes": sum(entry.size for entry in entries.values()),
+        "notes": list(released.notes) if released else [],
+        "warnings": list(released.warnings) if released else [],
+    }
+
+
+def _show(folder: Path, released: Release | None, pushed: Pushed | None) -> None:
+    found = _describe(folder, released)
+    if released is not None:
         click.echo(
-            json.dumps(
-                {
-                    "folder": str(released.folder),
-                    "name": released.name,
-                    "version": released.version,
-                    "digest": released.digest,
-                    "files": len(released.entries) + 1,
-                    "bytes": size,
-                    "notes": list(released.notes),
-                    "warnings": list(released.warnings),
-                }
-            )
+            f"{found['name']} {found['version']}: {found['files']} files, "
+            f"{human_bytes(found['bytes'])}, sha256:{found['digest']} → {folder}"
         )
-        return
-    for warning in released.warnings:
-        click.secho(plain(f"warning: {warning}"), fg="yellow", err=True)
-    if quiet:
-        return
-    for note in released.notes:
-        click.echo(plain(f"note: {note}"), err=True)
-    click.echo(
-        f"{released.name} {released.version}: {len(released.entries) + 1} files, "
-        f"{human_bytes(size)}, sha256:{released.digest} → {released.folder}"
-    )
+    if pushed is not None:
+        for path in pushed.removed:
+            click.echo(plain(f"removed there: {path}"))
+        sent = f", {len(pushed.added)} files, {human_bytes(found['bytes'])}" if pushed.added else ""
+        where = f" → {pushed.url}" if pushed.url else ""
+        click.echo(plain(f"{pushed.repo} {pushed.tag}{sent}: {pushed.done}{where}"))

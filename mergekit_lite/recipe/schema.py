@@ -199,6 +199,14 @@ class Recipe(_Section):
         dict[str, str] | None,
         Field(description="Licences of models, by their names here, where they do not say it."),
     ] = None
+    hub: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+            max_length=200,
+            description="Repository of the Hub that `pack release --push-hub` pushes to.",
+        ),
+    ] = None
     card: Annotated[
         CardSection | None, Field(description="What only you know, for the card of a release.")
     ] = None

@@ -1,0 +1,203 @@
+"""A release on the Hub: all of it in one commit, then a tag of its version.
+
+Everything is checked before anything leaves. The commit names the state that it was made for, so it
+fails whole if somebody else was faster. Running again finishes what was stopped: a commit that is
+there already is not made twice, a tag of the same content is fine, of another an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.errors import PackError
+from mergekit_lite.release.manifest import MANIFEST, read_manifest
+from mergekit_lite.release.secrets import find_secrets
+from mergekit_lite.release.verify import verify_release
+
+__all__ = ["Pushed", "Target", "describe", "push_release"]
+
+_KEPT = frozenset({".gitattributes"})
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a release goes.
+
+    Attributes:
+        repo: ``org/name``.
+        private: Whether a new repository is private.
+        pull_request: Whether a pull request is opened instead of changing the main branch.
+        dry_run: Whether to tell only what would happen.
+    """
+
+    repo: str
+    private: bool = False
+    pull_request: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was done.
+
+    Attributes:
+        repo: Where it is.
+        tag: Of the version.
+        commit: Of the release; None after a dry run, or where nothing was to be done.
+        url: Of the commit or pull request; empty without.
+        added: Files that were sent.
+        removed: Files of an earlier release that are not in this one.
+        done: In words.
+    """
+
+    repo: str
+    tag: str
+    commit: str | None
+    url: str
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    done: str
+
+
+def push_release(
+    folder: Path, target: Target, threads: int, progress: Callable[[int], None] = lambda _: None
+) -> Pushed:
+    """Push a release.
+
+    Args:
+        folder: Where it lies.
+        target: Where it goes.
+        threads: For checking it.
+        progress: Told the bytes that were checked.
+
+    Raises:
+        PackError: It does not hold, holds a secret, the version is there with other content, or the
+            Hub refused; then the repository is as it was.
+    """
+    found = verify_release(folder, threads, progress)
+    if found.problems:
+        listed = "".join(f"\n  {problem}" for problem in found.problems)
+        raise PackError(
+            f"{folder}: is not as it was released:{listed}", "Release it again, as a new version."
+        )
+    secrets = list(find_secrets(folder))
+    if secrets:
+        listed = "".join(f"\n  {secret}" for secret in secrets)
+        raise PackError(
+            f"{folder}: holds what must not leave:{listed}",
+            "Remove it from the recipe, the card or the models' files, and release again.",
+        )
+    _, entries, digest = read_manifest(folder / MANIFEST)
+    paths = (*sorted(entries), MANIFEST)
+    tag = f"v{found.version}"
+    if target.dry_run:
+        return Pushed(target.repo, tag, None, "", paths, (), "nothing was sent (--dry-run)")
+    try:
+        return _Hub(target).push(folder, paths, tag, digest, f"{found.name} {found.version}")
+    except PackError:
+        raise
+    except Exception as error:  # whatever the client raises
+        raise _explained(error, target) from None
+
+
+class _Hub:
+    """One repository, through the Hub's own client."""
+
+    def __init__(self, target: Target) -> None:
+        from huggingface_hub import HfApi
+
+        self._api: Any = HfApi()
+        self._target = target
+
+    def push(
+        self, folder: Path, paths: tuple[str, ...], tag: str, digest: str, title: str
+    ) -> Pushed:
+        """Make the commit and the tag, as far as they are not there."""
+        repo = self._target.repo
+        self._api.create_repo(repo, private=self._target.private, exist_ok=True)
+        refs = self._api.list_repo_refs(repo)
+        tags = {ref.name: ref.target_commit for ref in refs.tags}
+        if tag in tags:
+            if self._digest(tags[tag]) != digest:
+                raise PackError(
+                    f"{repo}: {tag} is there already, with other content; a version never changes",
+                    "Release it under the next version.",
+                )
+            return Pushed(repo, tag, tags[tag], "", (), (), "it was there already")
+        head = next((r.target_commit for r in refs.branches if r.name == "main"), None)
+        if head is not None and self._digest(head) == digest and not self._target.pull_request:
+            self._api.create_tag(repo, tag=tag, revision=head, exist_ok=True)
+            return Pushed(repo, tag, head, "", (), (), "the commit was there already; tagged")
+        return self._commit(folder, paths, tag, title, head)
+
+    def _commit(
+        self, folder: Path, paths: tuple[str, ...], tag: str, title: str, head: str | None
+    ) -> Pushed:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        repo = self._target.repo
+        there = set(self._api.list_repo_files(repo, revision=head)) if head else set()
+        removed = tuple(sorted(there - set(paths) - _KEPT))
+        operations = [CommitOperationAdd(path, str(folder / path)) for path in paths]
+        operations += [CommitOperationDelete(path) for path in removed]
+        made = self._api.create_commit(
+            repo, operations, commit_message=f"Release {title}", parent_commit=head,
+            create_pr=self._target.pull_request,
+        )  # fmt: skip
+        if self._target.pull_request:
+            return Pushed(repo, tag, made.oid, str(made.pr_url), paths, removed,
+                          "a pull request was opened; tag it when it is merged")  # fmt: skip
+        self._api.create_tag(repo, tag=tag, revision=made.oid, exist_ok=True)
+        return Pushed(repo, tag, made.oid, str(made.commit_url), paths, removed, "released")
+
+    def _digest(self, revision: str) -> str | None:
+        """The digest of the release that a commit holds; None if it holds none."""
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = self._api.hf_hub_download(self._target.repo, MANIFEST, revision=revision)
+        except EntryNotFoundError:
+            return None
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _explained(error: Exception, target: Target) -> PackError:
+    """What went wrong, without the client's own words where they may hold a token."""
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    again = "Run the same command again; what is done is not done twice."
+    if status in (401, 403):
+        return PackError(
+            f"{target.repo}: the Hub refuses you ({status})",
+            "Log in with a token that may write there: hf auth login",
+        )
+    if status in (409, 412):
+        return PackError(
+            f"{target.repo}: somebody else changed it meanwhile ({status}); nothing was changed",
+            again,
+        )
+    if status is not None:
+        return PackError(f"{target.repo}: the Hub answers {status}; see the next step", again)
+    return PackError(
+        f"{target.repo}: the Hub cannot be reached ({type(error).__name__})",
+        "Check the network. " + again,
+    )
+
+
+def describe(pushed: Pushed | None) -> dict[str, Any]:
+    """As data for JSON; empty where nothing was pushed."""
+    if pushed is None:
+        return {}
+    return {
+        "repo": pushed.repo,
+        "tag": pushed.tag,
+        "commit": pushed.commit,
+        "url": pushed.url,
+        "added": list(pushed.added),
+        "removed": list(pushed.removed),
+        "done": pushed.done,
+    }

@@ -1,0 +1,208 @@
+"""pack release --push-hub, with the Hub's own client against a Hub of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergekit_lite.release.secrets import find_secrets
+from tests.conftest import Ran, digests, pack_process
+from tests.hub_server import Fault, HubServer
+from tests.release.test_release import _models, _recipe
+
+REPO = "org/mine"
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Where a merge was made."""
+    home = _models(tmp_path / "home")
+    process = pack_process("merge", str(_recipe(home, hub=REPO)), "-q", cwd=home)
+    assert process.wait() == 0
+    return home
+
+
+@pytest.fixture
+def run(hub: HubServer, home: Path, tmp_path: Path) -> Run:
+    """Run the command in a process that knows this Hub alone, as somebody with a token."""
+    environment = {**os.environ, **hub.environment(tmp_path / "hf"), "HF_TOKEN": "hf_" + "x" * 34}
+
+    def command(*words: object) -> Ran:
+        process = pack_process(*words, cwd=home, env=environment)
+        out, err = process.communicate()
+        assert "hf_xxx" not in out + err
+        return Ran(process.returncode, out, err)
+
+    return command
+
+
+def _there(hub: HubServer, ref: str = "main") -> dict[str, bytes]:
+    repository = hub.repositories[REPO]
+    return repository.commits[repository.refs[ref]]
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*")
+            if p.is_file()}  # fmt: skip
+
+
+def test_as_spelled(hub: HubServer, run: Run, home: Path, tmp_path: Path) -> None:
+    """One commit, one tag; what is downloaded is the release, and is verified."""
+    ran = run("release", "--push-hub")
+    assert ran.code == 0, ran.err
+    assert "org/mine v1.2.0" in ran.out
+    release = home / "dist" / "mine" / "release" / "1.2.0"
+    assert {**_files(release), ".gitattributes": _there(hub)[".gitattributes"]} == _there(hub)
+    repository = hub.repositories[REPO]
+    assert len(repository.commits) == 2
+    assert repository.refs["v1.2.0"] == repository.refs["main"]
+    code = (
+        "import sys; from huggingface_hub import snapshot_download\n"
+        f"print(snapshot_download({REPO!r}, revision='v1.2.0', local_dir=sys.argv[1]))"
+    )
+    environment = {**os.environ, **hub.environment(tmp_path / "other")}
+    fetched = tmp_path / "fetched"
+    subprocess.run([sys.executable, "-c", code, fetched], check=True, env=environment)
+    for name in (".gitattributes",):
+        (fetched / name).unlink()
+    import shutil
+
+    shutil.rmtree(fetched / ".cache", ignore_errors=True)
+    assert digests(fetched) == digests(release)
+    assert run("verify", fetched).code == 0
+
+
+def test_again(hub: HubServer, run: Run) -> None:
+    """What is there is not sent twice; another content under the same version is an error."""
+    assert run("release", "--push-hub", REPO).code == 0
+    before = dict(hub.repositories[REPO].refs)
+    ran = run("release", "--push-hub", REPO)
+    assert ran.code == 0, ran.err
+    assert "it was there already" in ran.out
+    assert hub.repositories[REPO].refs == before
+    repository = hub.repositories[REPO]
+    sha = hub.add(REPO, {"MANIFEST.json": b"{}"}, "v1.2.0")
+    repository.tags.add("v1.2.0")
+    assert sha != before["v1.2.0"]
+    ran = run("release", "--push-hub", REPO)
+    assert ran.code == 1
+    assert "v1.2.0 is there already, with other content" in ran.err
+
+
+def test_the_next_version(hub: HubServer, run: Run) -> None:
+    """It takes the place of the last one whole; files that are gone are removed."""
+    hub.add(REPO, {".gitattributes": b"x", "old.safetensors": b"old", "README.md": b"old"})
+    ran = run("release", "--push-hub", REPO)
+    assert ran.code == 0, ran.err
+    assert "removed there: old.safetensors" in ran.out
+    assert "old.safetensors" not in _there(hub)
+    assert "model.safetensors" in _there(hub)
+    ran = run("release", "--version", "1.3.0", "--push-hub", REPO, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["tag"] == "v1.3.0"
+    assert {"v1.2.0", "v1.3.0"} <= set(hub.repositories[REPO].refs)
+
+
+FAULTS = {
+    "500 at the commit": Fault("POST .*/commit/", times=1, status=500),
+    "the connection drops at the commit": Fault("POST .*/commit/", times=1, cut=3),
+    "500 at a large file": Fault("PUT /lfs/", status=500),
+    "401 at the commit": Fault("POST .*/commit/", times=1, status=401),
+    "403 at the commit": Fault("POST .*/commit/", times=1, status=403),
+    "409 at the commit": Fault("POST .*/commit/", times=1, status=409),
+    "500 at the tag": Fault("POST .*/tag/", times=1, status=500),
+    "500 at the refs": Fault("GET .*/refs", times=1, status=500),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults(hub: HubServer, run: Run, home: Path, case: str) -> None:
+    """Either the old state or the whole new one; running again finishes."""
+    old = {".gitattributes": b"x", "README.md": b"old"}
+    hub.add(REPO, old)
+    fault = FAULTS[case]
+    hub.faults.append(Fault(fault.pattern, fault.times, fault.status, fault.cut))
+    ran = run("release", "--push-hub")
+    assert ran.code == 1
+    assert REPO in ran.err
+    assert "Traceback" not in ran.err
+    release = _files(home / "dist" / "mine" / "release" / "1.2.0")
+    now = _there(hub)
+    assert now == old or {n: c for n, c in now.items() if n != ".gitattributes"} == release
+    hub.faults.clear()
+    ran = run("release", "--push-hub")
+    assert ran.code == 0, ran.err
+    assert {n: c for n, c in _there(hub, "v1.2.0").items() if n != ".gitattributes"} == release
+
+
+def test_somebody_was_faster(hub: HubServer, run: Run) -> None:
+    """The commit names its parent, and is refused if that is not the branch's head any more."""
+    hub.add(REPO, {".gitattributes": b"x"})
+    asked = hub.answer
+
+    def answer(request: Any) -> Any:
+        if request.method == "POST" and "/commit/" in request.path:
+            hub.add(REPO, {".gitattributes": b"x", "theirs": b"1"})
+        return asked(request)
+
+    hub.answer = answer  # type: ignore[method-assign]
+    ran = run("release", "--push-hub")
+    assert ran.code == 1
+    assert "somebody else changed it meanwhile" in ran.err
+    assert _there(hub).keys() == {".gitattributes", "theirs"}
+
+
+def test_nobody_there(hub: HubServer, run: Run) -> None:
+    hub.close()
+    ran = run("release", "--push-hub")
+    assert ran.code == 1
+    assert "cannot be reached" in ran.err
+
+
+def test_dry_run(hub: HubServer, run: Run) -> None:
+    ran = run("release", "--push-hub", "--dry-run")
+    assert ran.code == 0, ran.err
+    assert "nothing was sent" in ran.out
+    assert hub.requests == []
+
+
+def test_secrets(hub: HubServer, run: Run, home: Path, tmp_path: Path) -> None:
+    """Found in any text of a release; named without being shown; nothing leaves."""
+    (tmp_path / "x").mkdir()
+    secrets = {
+        "token": "hf_" + "a" * 34, "key": "-----BEGIN EC PRIVATE KEY-----",
+        "path": "/home/me/models/", "aws": "AKIA" + "A" * 16, "github": "ghp_" + "b" * 36,
+    }  # fmt: skip
+    for name, secret in secrets.items():
+        (tmp_path / "x" / f"{name}.md").write_text(f"first\nlook: {secret} x\n")
+    found = list(find_secrets(tmp_path / "x"))
+    assert len(found) == len(secrets)
+    assert not any(secret in line for line in found for secret in secrets.values())
+    assert all(":2: holds" in line for line in found)
+    path = home / "dist" / "mine" / "merged"
+    lock = json.loads((path / "pack.lock").read_text())
+    lock["recipe"]["card"]["contact"] = "/home/somebody/x"
+    (path / "pack.lock").write_text(json.dumps(lock))
+    ran = run("release", "--push-hub")
+    assert ran.code == 1
+    assert "holds what must not leave" in ran.err
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("words", [("--push-hub", "nobody"), ("--dry-run",), ("--private",)])
+def test_wrong_usage(run: Run, words: tuple[str, ...]) -> None:
+    assert run("release", *words).code == 2
