@@ -238,6 +238,7 @@ def _publish(
             "name": prepared.model.name,
             "format": "gguf",
             "scheme": request.scheme.mixture.name,
+            "options": _options(request.scheme),
             **prepared.model.describe(),
             "bits_per_weight": round(_bits(prepared, planned), 3),
             "types": {name: kind.name for name, kind in planned.kinds.items()},
@@ -254,6 +255,20 @@ def _publish(
             )
         )  # fmt: skip
     return made
+
+
+def _options(scheme: Scheme) -> dict[str, Any]:
+    """What was asked beside the mixture; empty where nothing was."""
+    overrides = scheme.overrides
+    asked = {
+        "tensor_types": [f"{pattern}={kind.name}" for pattern, kind in overrides.patterns],
+        "output_type": overrides.output and overrides.output.name,
+        "embedding_type": overrides.embedding and overrides.embedding.name,
+        "pure": overrides.pure,
+        "split_bytes": scheme.split_bytes,
+        "importance": bool(scheme.importance),
+    }
+    return {key: value for key, value in asked.items() if value}
 
 
 def _bits(prepared: Prepared, planned: _Planned) -> float:

@@ -21,12 +21,14 @@ from mergekit_lite.text import plain
 __all__ = ["main"]
 
 COMMANDS = {
+    "build": "Do all that a recipe asks for: merge, quantize, release.",
     "merge": "Merge models as a recipe says, or adapters into a base.",
     "quantize": "Quantize a model, an adapter on its base, or a recipe, to GGUF.",
     "extract": "Make an adapter of what a fine-tune changed in its base.",
     "adapters": "Package adapters beside their base, for switching while it runs.",
     "release": "Release what was made: card, licences, bill of materials, manifest.",
     "verify": "Check the files of a release against all that it says of them.",
+    "reproduce": "Make a release again from its recipe, and compare it.",
     "inspect": "Show what a checkpoint, an adapter or a recipe is.",
     "diff": "Show what fine-tunes changed in their base, by layer and module.",
     "licenses": "Show what licences of models ask of what is made of them.",

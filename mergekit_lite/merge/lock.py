@@ -24,7 +24,7 @@ from mergekit_lite.merge.writer import OutputFile
 from mergekit_lite.recipe import Recipe
 from mergekit_lite.tokenizer.vocabulary import TOKENIZER_FILES
 
-__all__ = ["LOCK_NAME", "lock_file", "make_lock", "resolved_recipe"]
+__all__ = ["LOCK_NAME", "lock_file", "lock_inputs", "make_lock", "resolved_recipe"]
 
 LOCK_NAME = "pack.lock"
 _VERSION = 1
@@ -94,16 +94,23 @@ def lock_file(
             "tool": {"name": "pack-models", "version": mergekit_lite.__version__},
             "environment": _environment(),
             **fields,
-            "inputs": [
-                _input(source, weights[source.reference])
-                for source in sorted(sources, key=lambda source: source.reference)
-            ],
+            "inputs": lock_inputs(sources, weights),
             "outputs": [
                 {"path": o.path, "bytes": o.size, "sha256": o.sha256}
                 for o in sorted(outputs, key=lambda o: o.path)
             ],
         }
     )
+
+
+def lock_inputs(
+    sources: Sequence[Source], weights: Mapping[str, Sequence[InputFile]]
+) -> list[dict[str, Any]]:
+    """What went in, as a lock names it: every file that matters, with its digest."""
+    return [
+        _input(source, weights[source.reference])
+        for source in sorted(sources, key=lambda source: source.reference)
+    ]
 
 
 def _environment() -> dict[str, str]:

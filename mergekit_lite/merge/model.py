@@ -103,7 +103,8 @@ def open_whole(reference: str | None, home: Path = Path()) -> WholeModel:
         PackError: There is no such model, or it cannot be used.
     """
     if reference is None:
-        reference = str(last_result(home))
+        last = last_result(home)
+        reference, home = last.name, home / last.parent  # a name that is the same in any folder
     path = home / reference
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return _merge(reference, path)

@@ -169,6 +169,13 @@ class CardSection(_Section):
     tags: Annotated[list[_Text], Field(max_length=100)] | None = None
 
 
+class QuantizeEntry(_Section):
+    """One quantized file that `pack build` makes."""
+
+    to: Literal["gguf"] = "gguf"
+    scheme: Annotated[str, Field(min_length=1, description="See `pack quantize --list`.")]
+
+
 class Recipe(_Section):
     """A merge: which models, by which method, into what."""
 
@@ -198,6 +205,10 @@ class Recipe(_Section):
     licenses: Annotated[
         dict[str, str] | None,
         Field(description="Licences of models, by their names here, where they do not say it."),
+    ] = None
+    quantize: Annotated[
+        list[QuantizeEntry] | None,
+        Field(min_length=1, description="What `pack build` quantizes the result to."),
     ] = None
     hub: Annotated[
         str | None,

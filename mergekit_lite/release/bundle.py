@@ -137,13 +137,14 @@ def _sources(
     made: Made, home: Path, by_recipe: Mapping[str, str]
 ) -> tuple[list[_Source], list[str]]:
     """The parents of all results, but for what was made on the way."""
-    own = {artifact.folder.resolve() for artifact in made.artifacts}
+    own = {entry.sha256 for artifact in made.artifacts for entry in artifact.files}
     found: dict[str, _Source] = {}
     notes: list[str] = []
     for artifact in made.artifacts:
         for entry in artifact.lock.get("inputs", []):
             reference = entry["model"]
-            if (home / reference).resolve() in own or reference in found:
+            digests = {file["sha256"] for file in entry["files"]}
+            if reference in found or digests <= own:
                 continue
             folder, config = _place(reference, home)
             kind = "adapter" if _is_adapter(entry) else "model"

@@ -44,10 +44,12 @@ class Made:
     Attributes:
         name: Theirs.
         artifacts: Sorted, the model or adapter itself first.
+        stated: The recipe as it stands now; None for that of the locks.
     """
 
     name: str
     artifacts: Sequence[Artifact]
+    stated: Mapping[str, Any] | None = None
 
     @property
     def main(self) -> Artifact:
@@ -57,6 +59,8 @@ class Made:
     @property
     def recipe(self) -> Mapping[str, Any]:
         """The recipe that it was made by; empty where there was none."""
+        if self.stated is not None:
+            return self.stated
         found = (a.lock.get("recipe") for a in self.artifacts)
         return next((recipe for recipe in found if isinstance(recipe, dict)), {})
 

@@ -1,0 +1,71 @@
+"""pack build."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mergekit_lite.cli.options import SIZE
+from mergekit_lite.text import plain
+
+__all__ = ["command"]
+
+
+@click.command("build", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("recipe", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--production", is_flag=True, help="Make an error of what a good release would have.")
+@click.option("--force", is_flag=True, help="Replace results that pack made with other inputs.")
+@click.option("--memory", type=SIZE, default="512MB", show_default=True, help="Memory for weights.")
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all cores]"
+)
+@click.option("--rehash", is_flag=True, help="Hash inputs again that were hashed before.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary for programs.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def command(
+    recipe: Path,
+    production: bool,
+    force: bool,
+    memory: int,
+    threads: int | None,
+    rehash: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Do all that RECIPE asks for: check licences, merge, quantize, release.
+
+    `quantize:` lists what it is quantized to; a `version:` makes it a release. A step whose inputs
+    have not changed is kept; one that was stopped is continued.
+    """
+    from mergekit_lite.checkpoint.known import KNOWN
+    from mergekit_lite.cli.progress import make_progress
+    from mergekit_lite.merge.run import Options, check_memory, default_threads
+    from mergekit_lite.release.build import build
+
+    KNOWN.enabled = not rehash
+    check_memory(memory)
+    options = Options(threads or default_threads(), memory, force=force)
+    with make_progress(quiet or as_json) as progress:
+        built = build(recipe, Path("dist"), options, progress, production)
+    if as_json:
+        steps = [
+            {"name": s.name, "done": s.done, "seconds": round(s.seconds, 3),
+             "folder": str(s.folder)}
+            for s in built.steps
+        ]  # fmt: skip
+        click.echo(json.dumps({"steps": steps, "digest": built.digest,
+                               "warnings": list(built.warnings)}))  # fmt: skip
+        return
+    for warning in built.warnings:
+        click.secho(plain(f"warning: {warning}"), fg="yellow", err=True)
+    if quiet:
+        return
+    for step in built.steps:
+        what = f"{step.seconds:6.1f} s" if step.done else "    kept"
+        click.echo(plain(f"{step.name:<16}{what}  → {step.folder}"))
+    if not any(step.done for step in built.steps):
+        click.echo("nothing was to be done: no input has changed")
+    if built.digest is not None:
+        click.echo(f"sha256:{built.digest}")

@@ -1,0 +1,106 @@
+"""pack build: all that a recipe asks for, each step once; and a release made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, digests
+
+Pack = Callable[..., Any]
+
+
+@pytest.fixture
+def home(example_models: Path, tmp_path: Path) -> Path:
+    """A folder with the example models and the recipe that releases a merge of them."""
+    folder = tmp_path / "home"
+    (folder / "examples").mkdir(parents=True)
+    shutil.copytree(example_models, folder / "examples" / "models")
+    recipe = yaml.safe_load((ROOT / "recipes" / "ties-release.yaml").read_text())
+    (folder / "r.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def _steps(ran: Any) -> list[tuple[str, bool]]:
+    assert ran.code == 0, ran.err
+    return [(step["name"], step["done"]) for step in json.loads(ran.out)["steps"]]
+
+
+def _edit(home: Path, **keys: object) -> None:
+    path = home / "r.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **keys}))
+
+
+def test_a_whole_recipe(pack: Pack, home: Path) -> None:
+    """Merged, quantized twice, released; a second time nothing is done."""
+    ran = pack("build", "r.yaml", "--json", cwd=home)
+    names = ["merge", "gguf q4_k_m", "gguf q8_0", "release 1.0.0"]
+    assert _steps(ran) == [(name, True) for name in names]
+    assert json.loads(ran.out)["warnings"] == []
+    folder = home / "dist" / "ties-release" / "release" / "1.0.0"
+    assert (folder / "gguf" / "ties-release-Q4_K_M.gguf").is_file()
+    assert pack("verify", folder, "-q").code == 0
+    again = pack("build", "r.yaml", cwd=home)
+    assert again.code == 0, again.err
+    assert "nothing was to be done" in again.out
+    assert json.loads(ran.out)["digest"] in again.out
+    card = (folder / "README.md").read_text()
+    assert "KL divergence" in card
+    assert "| examples/models/code | - | apache-2.0 |" in card
+
+
+def test_made_again(pack: Pack, home: Path) -> None:
+    """The same digest, bit by bit; another input is named."""
+    assert pack("build", "r.yaml", "-q", cwd=home).code == 0
+    folder = Path("dist") / "ties-release" / "release" / "1.0.0"
+    ran = pack("reproduce", folder, cwd=home)
+    assert ran.code == 0, ran.err
+    assert "the same, bit by bit" in ran.out
+    path = home / "examples" / "models" / "code" / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-9] ^= 1
+    path.write_bytes(raw)
+    ran = pack("reproduce", folder, cwd=home)
+    assert ran.code == 1
+    assert "examples/models/code: model.safetensors is not what it was" in ran.err
+
+
+def test_what_changed_is_done(pack: Pack, home: Path) -> None:
+    """A card alone makes no weight; an input makes all of it; a version never changes."""
+    assert pack("build", "r.yaml", "-q", cwd=home).code == 0
+    before = digests(home / "dist" / "ties-release" / "merged")
+    card = yaml.safe_load((home / "r.yaml").read_text())["card"]
+    _edit(home, version="1.0.1", card={**card, "summary": "Another text."})
+    ran = pack("build", "r.yaml", "--json", cwd=home)
+    assert [done for _, done in _steps(ran)] == [False, False, False, True]
+    assert digests(home / "dist" / "ties-release" / "merged") == before
+    readme = home / "dist" / "ties-release" / "release" / "1.0.1" / "README.md"
+    assert "Another text." in readme.read_text()
+    _edit(home, parameters={"lambda": 0.5})
+    ran = pack("build", "r.yaml", "--json", cwd=home)
+    assert ran.code == 1
+    assert "version 1.0.1 was released with other content" in ran.err
+    _edit(home, version="1.1.0", quantize=[{"scheme": "q8_0"}])
+    ran = pack("build", "r.yaml", "--json", cwd=home)
+    assert _steps(ran) == [("merge", False), ("gguf q8_0", False), ("release 1.1.0", True)]
+
+
+def test_licences_come_first(pack: Pack, home: Path) -> None:
+    """A conflict is found before any weight is read."""
+    _edit(home, licenses={"examples/models/base": "gpl-3.0"})
+    ran = pack("build", "r.yaml", cwd=home)
+    assert ran.code == 1
+    assert "cannot be released as apache-2.0" in ran.err
+    assert not (home / "dist").exists()
+    _edit(home, licenses={"examples/models/base": "apache-2.0"}, quantize=[{"scheme": "q9"}])
+    ran = pack("build", "r.yaml", cwd=home)
+    assert ran.code == 1
+    assert "'q9': no type of GGUF" in ran.err
+    _edit(home, output="adapter", rank=4, quantize=None)
+    assert pack("build", "r.yaml", cwd=home).code == 1
