@@ -30,6 +30,10 @@ __all__ = ["command"]
 )  # fmt: skip
 @click.option("--production", is_flag=True, help="Make an error of what a good release would have.")
 @click.option(
+    "--sign", "key", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="KEY",
+    help="Sign it with a private key of an elliptic curve (PEM).",
+)  # fmt: skip
+@click.option(
     "--push-hub", "repo", is_flag=False, flag_value="", default=None, metavar="[ORG/NAME]",
     help="Push it to the Hub: one commit, then a tag.  [default: hub: of the recipe]",
 )  # fmt: skip
@@ -43,6 +47,7 @@ def command(
     version: str | None,
     template: Path | None,
     production: bool,
+    key: Path | None,
     repo: str | None,
     private: bool,
     pull_request: bool,
@@ -62,6 +67,7 @@ def command(
     from mergekit_lite.release.bundle import make_release
     from mergekit_lite.release.gather import gather, last_name
     from mergekit_lite.release.push import describe
+    from mergekit_lite.release.sign import sign_release
 
     dist = Path("dist")
     made = gather(dist, name or last_name(dist))
@@ -70,13 +76,15 @@ def command(
     chosen = version or made.recipe.get("version")
     folder = dist / made.name / "release" / str(chosen)
     released = None
-    if target is None or not (folder / MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file() or (target is None and key is None):
         released = make_release(made, dist, Path(), version, text, production)
         folder = released.folder
         for warning in released.warnings:
             click.secho(plain(f"warning: {warning}"), fg="yellow", err=True)
         for note in released.notes if not quiet else ():
             click.echo(plain(f"note: {note}"), err=True)
+    if key is not None:
+        sign_release(folder, key)
     pushed = None if target is None else _push(folder, target, quiet or as_json)
     if as_json:
         click.echo(json.dumps({**_describe(folder, released), **describe(pushed)}))

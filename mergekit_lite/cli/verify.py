@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -15,11 +16,17 @@ __all__ = ["command"]
 @click.command("verify", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
+    "--public-key", "key", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="KEY", help="Check the signature, too, with this public key (PEM).",
+)  # fmt: skip
+@click.option(
     "--threads", type=click.IntRange(1, 1024), help="Files hashed side by side.  [default: cores]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a summary for programs.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
-def command(folder: Path, threads: int | None, as_json: bool, quiet: bool) -> None:
+def command(
+    folder: Path, key: Path | None, threads: int | None, as_json: bool, quiet: bool
+) -> None:
     """Check a release: every file against its manifest, lock, bill and provenance against files.
 
     All that does not hold is named: changed, missing and extra files, papers that speak of others.
@@ -27,13 +34,17 @@ def command(folder: Path, threads: int | None, as_json: bool, quiet: bool) -> No
     from mergekit_lite.cli.progress import make_progress
     from mergekit_lite.errors import PackError
     from mergekit_lite.merge.run import default_threads
-    from mergekit_lite.release.manifest import MANIFEST, read_manifest
+    from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
+    from mergekit_lite.release.sign import check_signature
     from mergekit_lite.release.verify import verify_release
 
     total = sum(entry.size for entry in read_manifest(folder / MANIFEST)[1].values())
     with make_progress(quiet or as_json) as progress:
         progress.begin("Verify", total)
         found = verify_release(folder, threads or default_threads(), progress.advance)
+        wrong = check_signature(folder, key) if key is not None else None
+        if wrong is not None:
+            found = replace(found, problems=(*found.problems, wrong))
     if as_json:
         click.echo(
             json.dumps(
@@ -57,3 +68,7 @@ def command(folder: Path, threads: int | None, as_json: bool, quiet: bool) -> No
             f"{found.name} {found.version}: {found.files} files, {human_bytes(found.size)}, all as "
             f"they were released; sha256:{found.digest}"
         )
+        if key is not None:
+            click.echo("signed by the holder of this key")
+        elif (folder / SIGNATURE).is_file():
+            click.echo("signed; whose signature it is, --public-key KEY checks")

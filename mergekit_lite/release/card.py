@@ -24,11 +24,6 @@ ASKED = (
 )  # fmt: skip
 """Keys of ``card:`` that a good card has and that only its author knows."""
 
-_HUB_LICENCES = frozenset({
-    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc0-1.0", "unlicense", "cc-by-4.0",
-    "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "gpl-3.0", "agpl-3.0", "llama2", "llama3",
-    "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma", "bigscience-openrail-m", "openrail",
-})  # fmt: skip
 _LONGEST = 1 << 20
 
 
@@ -59,7 +54,7 @@ def front_matter(
     if licence is not None:
         found = find_licence(licence)
         name = found.id if found else licence
-        head["license"] = name if name in _HUB_LICENCES else "other"
+        head["license"] = name if found is not None and found.hub else "other"
         if head["license"] == "other":
             head["license_name"] = name
             head["license_link"] = found.url if found else "LICENSE"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.errors import PackError
-from mergekit_lite.release.manifest import MANIFEST, read_manifest
+from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
 from mergekit_lite.release.secrets import find_secrets
 from mergekit_lite.release.verify import verify_release
 
@@ -92,7 +92,8 @@ def push_release(
             "Remove it from the recipe, the card or the models' files, and release again.",
         )
     _, entries, digest = read_manifest(folder / MANIFEST)
-    paths = (*sorted(entries), MANIFEST)
+    signed = (SIGNATURE,) if (folder / SIGNATURE).is_file() else ()
+    paths = (*sorted(entries), MANIFEST, *signed)
     tag = f"v{found.version}"
     if target.dry_run:
         return Pushed(target.repo, tag, None, "", paths, (), "nothing was sent (--dry-run)")

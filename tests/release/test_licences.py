@@ -164,6 +164,33 @@ def test_obligations_add_up() -> None:
     assert [parent.name for parent in unknown.unknown] == ["a"]
 
 
+TEXTS = {
+    "GNU AFFERO GENERAL PUBLIC LICENSE Version 3 … the GNU General Public License": "agpl-3.0",
+    "GNU GENERAL PUBLIC LICENSE\nVersion 3": "gpl-3.0",
+    "Apache License\n   Version 2.0, January 2004": "apache-2.0",
+    "Creative Commons Attribution-NonCommercial-ShareAlike 4.0 International": "cc-by-nc-sa-4.0",
+    "Attribution 4.0 International": "cc-by-4.0",
+    "Redistributions of source code must retain … Neither the name of X nor the names of its "
+    "contributors": "bsd-3-clause",
+    "Redistributions of source code must retain the above": "bsd-2-clause",
+    "Permission is hereby granted, free of charge, to any person": "mit",
+    "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT": "llama3.1",
+    "Qwen RESEARCH LICENSE AGREEMENT": "qwen-research",
+    "Qwen LICENSE AGREEMENT": "qwen",
+    "Tongyi Qianwen LICENSE AGREEMENT": "tongyi-qianwen",
+    "Gemma Terms of Use": "gemma",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts(tmp_path: Path, text: str) -> None:
+    """A licence file is told by its words."""
+    (tmp_path / "LICENSE.txt").write_text(text)
+    parent, _ = find_parent("m", tmp_path, {})
+    assert parent.licence is not None
+    assert parent.licence.id == TEXTS[text]
+
+
 def test_where_a_licence_is_found(tmp_path: Path) -> None:
     """Recipe, card, config, file, in this order; where they disagree that is said."""
     (tmp_path / "LICENSE").write_text("META LLAMA 3  COMMUNITY\nLICENSE AGREEMENT ...")

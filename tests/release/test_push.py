@@ -39,7 +39,8 @@ def home(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(hub: HubServer, home: Path, tmp_path: Path) -> Run:
     """Run the command in a process that knows this Hub alone, as somebody with a token."""
-    environment = {**os.environ, **hub.environment(tmp_path / "hf"), "HF_TOKEN": "hf_" + "x" * 34}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    environment = {**kept, **hub.environment(tmp_path / "hf"), "HF_TOKEN": "hf_" + "x" * 34}
 
     def command(*words: object) -> Ran:
         process = pack_process(*words, cwd=home, env=environment)
@@ -74,7 +75,8 @@ def test_as_spelled(hub: HubServer, run: Run, home: Path, tmp_path: Path) -> Non
         "import sys; from huggingface_hub import snapshot_download\n"
         f"print(snapshot_download({REPO!r}, revision='v1.2.0', local_dir=sys.argv[1]))"
     )
-    environment = {**os.environ, **hub.environment(tmp_path / "other")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    environment = {**kept, **hub.environment(tmp_path / "other")}
     fetched = tmp_path / "fetched"
     subprocess.run([sys.executable, "-c", code, fetched], check=True, env=environment)
     for name in (".gitattributes",):

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,3 +291,53 @@ def test_a_template_of_ones_own(pack: Pack, release: Path) -> None:
     assert ran.code == 0, ran.err
     card = (release.parent / "2.0.0" / "README.md").read_text()
     assert card.endswith("mine of The authors")
+
+
+def _keys(folder: Path, name: str = "key") -> tuple[Path, Path]:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    private = ec.generate_private_key(ec.SECP256R1())
+    paths = folder / f"{name}.pem", folder / f"{name}.pub"
+    paths[0].write_bytes(private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ))  # fmt: skip
+    paths[1].write_bytes(private.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    ))  # fmt: skip
+    return paths
+
+
+def test_signatures(pack: Pack, release: Path, tmp_path: Path) -> None:
+    """The library's own command accepts ours; another key, changed files and old ones are found."""
+    home = release.parents[3]
+    private, public = _keys(tmp_path)
+    ran = pack("release", "--sign", private, "-q", cwd=home)
+    assert ran.code == 0, ran.err
+    checked = subprocess.run(
+        [sys.executable, "-m", "model_signing", "verify", "key", "--signature",
+         str(release / "model.sig"), "--public_key", str(public), "--ignore-paths",
+         str(release / "model.sig"), str(release)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    ran = pack("verify", release, "--public-key", public)
+    assert ran.code == 0, ran.err
+    assert "signed by the holder of this key" in ran.out
+    _, other = _keys(tmp_path, "other")
+    ran = pack("verify", release, "--public-key", other)
+    assert ran.code == 1
+    assert "model.sig: does not hold" in ran.err
+    old = (release / "model.sig").read_bytes()
+    assert pack("release", "--version", "1.3.0", "-q", cwd=home).code == 0
+    later = release.parent / "1.3.0"
+    ran = pack("verify", later, "--public-key", public)
+    assert "model.sig: is missing" in ran.err
+    (later / "model.sig").write_bytes(old)
+    ran = pack("verify", later, "--public-key", public)
+    assert ran.code == 1
+    assert "model.sig: does not hold" in ran.err
+    ran = pack("release", "--version", "1.4.0", "--sign", public, cwd=home)
+    assert ran.code == 1
+    assert "Give a private key" in ran.err
+    assert public.read_text() not in ran.err

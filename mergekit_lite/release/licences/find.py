@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_lite.checkpoint.card import read_card
 from mergekit_lite.release.licences.combine import Parent
-from mergekit_lite.release.licences.table import find_licence
+from mergekit_lite.release.licences.table import find_licence, licences
 
 __all__ = ["Stated", "find_parent", "licence_files"]
 
 _LIMIT = 1 << 16
-_TEXTS: Sequence[tuple[str, str]] = (
-    (r"llama 4 community license", "llama4"),
-    (r"llama 3\.3 community license", "llama3.3"),
-    (r"llama 3\.2 community license", "llama3.2"),
-    (r"llama 3\.1 community license", "llama3.1"),
-    (r"meta llama 3 community license", "llama3"),
-    (r"llama 2 community license", "llama2"),
-    (r"gemma terms of use", "gemma"),
-    (r"qwen research license", "qwen-research"),
-    (r"tongyi qianwen license", "tongyi-qianwen"),
-    (r"qwen license agreement", "qwen"),
-    (r"mistral ai research license", "mrl"),
-    (r"mistral ai non-production license", "mnpl"),
-    (r"deepseek license agreement", "deepseek"),
-    (r"exaone ai model license", "exaone"),
-    (r"falcon 2.*tii license", "falcon-2"),
-    (r"bigscience (bloom )?rail", "bigscience-openrail-m"),
-    (r"open ?rail", "openrail"),
-    (r"openmdw", "openmdw-1.0"),
-    (r"gnu affero general public license", "agpl-3.0"),
-    (r"gnu general public license", "gpl-3.0"),
-    (r"attribution-noncommercial-sharealike 4\.0", "cc-by-nc-sa-4.0"),
-    (r"attribution-noncommercial 4\.0", "cc-by-nc-4.0"),
-    (r"attribution-sharealike 4\.0", "cc-by-sa-4.0"),
-    (r"attribution 4\.0 international", "cc-by-4.0"),
-    (r"cc0 1\.0 universal", "cc0-1.0"),
-    (r"apache license\s+version 2\.0", "apache-2.0"),
-    (r"permission is hereby granted, free of charge", "mit"),
-    (r"neither the name of .* nor the names of its contributors", "bsd-3-clause"),
-    (r"redistributions of source code must retain", "bsd-2-clause"),
-    (r"permission to use, copy, modify, and/or distribute this software", "isc"),
-    (r"this is free and unencumbered software", "unlicense"),
-)
-"""Words that tell licences' texts apart; the first that is found holds."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +71,8 @@ def _stated(folder: Path | None, config: Mapping[str, object]) -> list[Stated]:
     for path in licence_files(folder):
         text = path.read_bytes()[:_LIMIT].decode("utf-8", "replace").lower()
         plain = re.sub(r"\s+", " ", text)
-        named = next((name for words, name in _TEXTS if re.search(words, plain)), None)
+        rows = [row for row in licences().values() if row.text]
+        named = next((row.id for row in rows if re.search(row.text, plain)), None)
         if named is not None:
             found.append(Stated(path.name, named))
     return [stated for stated in found if stated.name != "other"]

@@ -48,6 +48,8 @@ class Licence:
         source: Whether they go with their source.
         no_more: Whether no further restrictions may be added.
         limit: Another limit, in words.
+        hub: Whether it is a word of the Hub's own list.
+        text: Regular expression of words that tell its text from others'; empty for none.
     """
 
     id: str
@@ -74,6 +76,8 @@ class Licence:
     source: bool = False
     no_more: bool = False
     limit: str = ""
+    hub: bool = False
+    text: str = ""
 
     @property
     def limits(self) -> bool:
