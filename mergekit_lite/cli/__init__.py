@@ -28,6 +28,7 @@ COMMANDS = {
     "adapters": "Package adapters beside their base, for switching while it runs.",
     "release": "Release what was made: card, licences, bill of materials, manifest.",
     "verify": "Check the files of a release against all that it says of them.",
+    "registry": "Keep book of versions: canary, staging, production.",
     "reproduce": "Make a release again from its recipe, and compare it.",
     "inspect": "Show what a checkpoint, an adapter or a recipe is.",
     "diff": "Show what fine-tunes changed in their base, by layer and module.",
