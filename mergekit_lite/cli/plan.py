@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_lite.cli.options import SIZE, complete_merge, human_bytes, split_method
+from mergekit_lite.text import plain
 
 if TYPE_CHECKING:
     from mergekit_lite.merge.plan import Plan, PlannedTensor
@@ -59,8 +60,26 @@ def command(
             click.echo(line)
         for note in prepared.notes:
             click.echo(f"note: {note}")
+        _licences(prepared, path.stem)
     finally:
         prepared.inputs.close()
+
+
+def _licences(prepared: Prepared, stem: str) -> None:
+    """What the models' licences leave, where any of them is known."""
+    from mergekit_lite.release.licences.judge import judge_sources
+
+    recipe = prepared.plan.recipe
+    name = recipe.name if recipe.name != stem else None
+    judged = judge_sources(
+        list(prepared.inputs.sources.values()), recipe.license, name, recipe.licenses
+    )
+    if all(parent.licence is None for parent in judged.parents):
+        return
+    under = " or ".join(judged.verdict.release_as) or "any licence that keeps the obligations"
+    click.echo(f"licence {under if not judged.verdict.conflicts else 'see the conflicts'}")
+    for conflict in judged.verdict.conflicts:
+        click.secho(plain(f"conflict: {conflict.sentence}"), fg="red")
 
 
 def _summary(prepared: Prepared, memory: int, threads: int) -> Iterator[str]:

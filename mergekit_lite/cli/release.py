@@ -33,6 +33,7 @@ __all__ = ["command"]
     "--sign", "key", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="KEY",
     help="Sign it with a private key of an elliptic curve (PEM).",
 )  # fmt: skip
+@click.option("--archive", is_flag=True, help="Write it as one .tar beside its folder, too.")
 @click.option(
     "--push-hub", "repo", is_flag=False, flag_value="", default=None, metavar="[ORG/NAME]",
     help="Push it to the Hub: one commit, then a tag.  [default: hub: of the recipe]",
@@ -48,6 +49,7 @@ def command(
     template: Path | None,
     production: bool,
     key: Path | None,
+    archive: bool,
     repo: str | None,
     private: bool,
     pull_request: bool,
@@ -64,6 +66,7 @@ def command(
 
     Without NAME: what was made last. Licences that conflict stop it; see `pack licenses`.
     """
+    from mergekit_lite.release.archive import pack_archive
     from mergekit_lite.release.bundle import make_release
     from mergekit_lite.release.gather import gather, last_name
     from mergekit_lite.release.push import describe
@@ -76,7 +79,7 @@ def command(
     chosen = version or made.recipe.get("version")
     folder = dist / made.name / "release" / str(chosen)
     released = None
-    if not (folder / MANIFEST).is_file() or (target is None and key is None):
+    if not (folder / MANIFEST).is_file() or (target is None and key is None and not archive):
         released = make_release(made, dist, Path(), version, text, production)
         folder = released.folder
         for warning in released.warnings:
@@ -85,6 +88,8 @@ def command(
             click.echo(plain(f"note: {note}"), err=True)
     if key is not None:
         sign_release(folder, key)
+    if archive:
+        pack_archive(folder, folder.with_name(f"{made.name}-{chosen}.tar"))
     pushed = None if target is None else _push(folder, target, quiet or as_json)
     if as_json:
         click.echo(json.dumps({**_describe(folder, released), **describe(pushed)}))

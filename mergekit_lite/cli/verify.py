@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,24 +29,32 @@ __all__ = ["command"]
 def command(
     folder: Path, key: Path | None, threads: int | None, as_json: bool, quiet: bool
 ) -> None:
-    """Check a release: every file against its manifest, lock, bill and provenance against files.
+    """Check a release, its folder or its .tar: files against the manifest, papers against files.
 
     All that does not hold is named: changed, missing and extra files, papers that speak of others.
     """
     from mergekit_lite.cli.progress import make_progress
     from mergekit_lite.errors import PackError
     from mergekit_lite.merge.run import default_threads
+    from mergekit_lite.release.archive import unpack_archive
     from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
     from mergekit_lite.release.sign import check_signature
     from mergekit_lite.release.verify import verify_release
 
-    total = sum(entry.size for entry in read_manifest(folder / MANIFEST)[1].values())
-    with make_progress(quiet or as_json) as progress:
+    with ExitStack() as stack:
+        if folder.is_file():
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="pack-"))
+            place = unpack_archive(folder, Path(scratch))
+        else:
+            place = folder
+        total = sum(entry.size for entry in read_manifest(place / MANIFEST)[1].values())
+        progress = stack.enter_context(make_progress(quiet or as_json))
         progress.begin("Verify", total)
-        found = verify_release(folder, threads or default_threads(), progress.advance)
-        wrong = check_signature(folder, key) if key is not None else None
-        if wrong is not None:
-            found = replace(found, problems=(*found.problems, wrong))
+        found = verify_release(place, threads or default_threads(), progress.advance)
+        wrong = check_signature(place, key) if key is not None else None
+        signed = (place / SIGNATURE).is_file()
+    if wrong is not None:
+        found = replace(found, problems=(*found.problems, wrong))
     if as_json:
         click.echo(
             json.dumps(
@@ -70,5 +80,5 @@ def command(
         )
         if key is not None:
             click.echo("signed by the holder of this key")
-        elif (folder / SIGNATURE).is_file():
+        elif signed:
             click.echo("signed; whose signature it is, --public-key KEY checks")

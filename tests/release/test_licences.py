@@ -245,9 +245,12 @@ def test_the_most_frequent_breach(pack: Callable[..., Any], tmp_path: Path) -> N
     assert ran.code == 1
     assert "cannot be released as apache-2.0, only as llama3" in ran.err
     assert "Built with Meta Llama 3" in ran.out
+    ran = pack("plan", recipe)
+    assert "cannot be released as apache-2.0, only as llama3" in ran.out
     recipe.write_text(json.dumps({**document, "license": "llama3"}))
     ran = pack("licenses", recipe, "--check")
     assert ran.code == 0, ran.err
+    assert "licence llama3" in pack("plan", recipe).out
     recipe.write_text(json.dumps({**document, "license": "llama3", "name": "mine"}))
     ran = pack("licenses", recipe, "--check")
     assert ran.code == 1

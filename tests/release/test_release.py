@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -341,3 +342,42 @@ def test_signatures(pack: Pack, release: Path, tmp_path: Path) -> None:
     assert ran.code == 1
     assert "Give a private key" in ran.err
     assert public.read_text() not in ran.err
+
+
+def test_an_archive(pack: Pack, release: Path, tmp_path: Path) -> None:
+    """One file, the same bytes each time; verified as it is; hostile ones are refused."""
+    home = release.parents[3]
+    assert pack("release", "--archive", "-q", cwd=home).code == 0
+    path = release.parent / "mine-1.2.0.tar"
+    first = path.read_bytes()
+    for file in release.rglob("*"):
+        os.utime(file, (1, 1))
+    ran = pack("release", "--archive", cwd=home)
+    assert ran.code == 1
+    assert "already exists" in ran.err
+    path.unlink()
+    assert pack("release", "--archive", "-q", cwd=home).code == 0
+    assert path.read_bytes() == first
+    ran = pack("verify", path)
+    assert ran.code == 0, ran.err
+    assert "all as they were released" in ran.out
+    raw = bytearray(first)
+    at = raw.index(b"Random weights")
+    raw[at] ^= 1
+    path.write_bytes(raw)
+    ran = pack("verify", path)
+    assert ran.code == 1
+    assert "its content was changed" in ran.err
+    for content in (b"", b"x" * 2000, first[:5000]):
+        path.write_bytes(content)
+        assert pack("verify", path).code == 1
+    with tarfile.open(path, "w") as archive:
+        info = tarfile.TarInfo("1.2.0/../../x")
+        archive.addfile(info)
+    assert pack("verify", path).code == 1
+    with tarfile.open(path, "w") as archive:
+        info = tarfile.TarInfo("1.2.0/x")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(info)
+    ran = pack("verify", path)
+    assert "is no archive of a release" in ran.err

@@ -14,7 +14,7 @@ from mergekit_lite.recipe import read_recipe
 from mergekit_lite.release.licences.combine import Parent, Verdict, combine
 from mergekit_lite.release.licences.find import find_parent
 
-__all__ = ["Judged", "judge_models", "judge_recipe"]
+__all__ = ["Judged", "judge_models", "judge_recipe", "judge_sources"]
 
 
 @dataclass(frozen=True)
@@ -84,20 +84,33 @@ def judge_models(
     Raises:
         PackError: A model is not there.
     """
-    parents: dict[str, Parent] = {}
-    notes: list[str] = []
-    for reference in names:
-        source = look_at(reference, home)
-        try:
-            for part in source.sources:
-                kind = "adapter" if holds_adapter(part) or part in source.parts[1:] else "model"
-                parent, found = _parent(part, kind, by_recipe or {})
-                if part.reference not in parents:
-                    parents[part.reference] = parent
-                    notes += found
-        finally:
+    sources: list[Source] = []
+    try:
+        for reference in names:
+            sources.append(look_at(reference, home))  # noqa: PERF401 (closed on an error)
+        return judge_sources(sources, released_as, name, by_recipe)
+    finally:
+        for source in sources:
             for part in source.sources:
                 part.checkpoint.close()
+
+
+def judge_sources(
+    sources: Sequence[Source],
+    released_as: str | None = None,
+    name: str | None = None,
+    by_recipe: Mapping[str, str] | None = None,
+) -> Judged:
+    """Judge what is made of models that are open."""
+    parents: dict[str, Parent] = {}
+    notes: list[str] = []
+    for source in sources:
+        for part in source.sources:
+            kind = "adapter" if holds_adapter(part) or part in source.parts[1:] else "model"
+            parent, found = _parent(part, kind, by_recipe or {})
+            if part.reference not in parents:
+                parents[part.reference] = parent
+                notes += found
     every = list(parents.values())
     return Judged(every, combine(every, released_as, name), notes)
 
