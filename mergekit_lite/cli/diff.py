@@ -48,8 +48,11 @@ def command(
     that changed. Of several models: how alike their changes are, and in which share of the
     elements that two or more changed their signs disagree.
 
-    A model may be a base with adapters, base+adapter, or a GGUF file: what quantizing changed.
+    A model may be a base with adapters, base+adapter, or a GGUF file: what quantizing changed. Of
+    two releases: what changed in recipe, parents, files and what was measured.
     """
+    if len(models) == 1 and _releases(Path(base), Path(models[0]), as_json, quiet):
+        return
     from mergekit_lite.analyse.data import diff_data
     from mergekit_lite.analyse.diff import compare_models
     from mergekit_lite.analyse.page import check_page, diff_page
@@ -80,6 +83,24 @@ def command(
         if html is not None:
             click.echo(plain(f"page → {html}"))
     _warn(found)
+
+
+def _releases(before: Path, after: Path, as_json: bool, quiet: bool) -> bool:
+    """Compare two releases, if that is what they are."""
+    from mergekit_lite.release.compare import compare_releases, is_release
+
+    if not (is_release(before) and is_release(after)):
+        return False
+    found = compare_releases(before, after)
+    if as_json:
+        click.echo(json.dumps(found))
+    elif not quiet:
+        click.echo(plain(" → ".join(found.pop("releases"))))
+        for title, lines in found.items():
+            click.echo(f"{title}: {'nothing changed' if not lines else ''}")
+            for line in lines:
+                click.echo(plain(f"  {line}"))
+    return True
 
 
 def _open(name: str, opened: dict[str, Source]) -> Source:

@@ -82,6 +82,14 @@ def test_what_changed_is_done(pack: Pack, home: Path) -> None:
     assert digests(home / "dist" / "ties-release" / "merged") == before
     readme = home / "dist" / "ties-release" / "release" / "1.0.1" / "README.md"
     assert "Another text." in readme.read_text()
+    releases = home / "dist" / "ties-release" / "release"
+    ran = pack("diff", releases / "1.0.0", releases / "1.0.1")
+    assert ran.code == 0, ran.err
+    assert "ties-release 1.0.0 → ties-release 1.0.1" in ran.out
+    assert 'card.summary: "A small Llama' in ran.out
+    assert "parents: nothing changed" in ran.out
+    assert "README.md: changed" in ran.out
+    assert "model.safetensors" not in ran.out
     _edit(home, parameters={"lambda": 0.5})
     ran = pack("build", "r.yaml", "--json", cwd=home)
     assert ran.code == 1
