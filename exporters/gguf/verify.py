@@ -198,11 +198,13 @@ def _computed(folder: Path) -> _Reference:
     ids: list[list[int]] = []
     why = ""
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = [list(tokenizer(text)["input_ids"]) for text in TEXTS]
     except Exception as error:  # a missing library, or a file that it does not read
         why = f"transformers cannot run the tokenizer: {_first_line(error)}"
-    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    network: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
     size = network.get_input_embeddings().weight.shape[0]
     every = [i for line in ids for i in line if i < size] or list(range(size))
     tokens = every[:_TOKENS]

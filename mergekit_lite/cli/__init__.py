@@ -81,7 +81,7 @@ class _Group(click.Group):
 @click.version_option(mergekit_lite.__version__, "-V", "--version", prog_name="pack")
 @click.option("--debug", is_flag=True, envvar="PACK_DEBUG", help="Show tracebacks.")
 def cli(debug: bool) -> None:
-    """Merge models and adapters, one tensor at a time, and prove what was done."""
+    """Merge models and adapters, quantize and release them, and prove what was done."""
 
 
 def main() -> None:

@@ -18,7 +18,9 @@ from typing import Any
 
 import yaml
 
+from exporters.gguf.about import size_label
 from mergekit_lite.analyse.look import look_at
+from mergekit_lite.checkpoint.locate import open_checkpoint
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.config import to_json
 from mergekit_lite.merge.lock import LOCK_NAME
@@ -362,7 +364,7 @@ def _card_values(
         "display": [o.what for o in verdict.obligations if o.kind == "display"],
         "made_by": _made_by(made),
         "architecture": architecture,
-        "parameters": "",
+        "parameters": _parameters(made),
         "base": recipe.get("base_model") or "",
         "licence": found.title if found else licence or "",
         "licence_url": found.url if found else "",
@@ -380,6 +382,17 @@ def _card_values(
             o.what for o in verdict.obligations if o.kind not in ("display", "prefix", "not_first")
         ],
     }  # fmt: skip
+
+
+def _parameters(made: Made) -> str:
+    """How many weights the model has, from headers; nothing where it is no whole model."""
+    if made.main.kind != "merge":
+        return ""
+    checkpoint = open_checkpoint(str(made.main.folder), Path()).checkpoint
+    try:
+        return size_label(sum(checkpoint.spec(name).elements for name in checkpoint.names()))
+    finally:
+        checkpoint.close()
 
 
 def _config(made: Made) -> Mapping[str, Any]:

@@ -52,6 +52,7 @@ def test_a_whole_recipe(pack: Pack, home: Path) -> None:
     assert json.loads(ran.out)["digest"] in again.out
     card = (folder / "README.md").read_text()
     assert "KL divergence" in card
+    assert "| parameters | 2.2M |" in card
     assert "| examples/models/code | - | apache-2.0 |" in card
 
 
