@@ -4,24 +4,29 @@ Run as a program in a process of its own, so that a crash of it fails one test:
 ``python -m tests.llama_cpp logits MODEL OUT TOKENS [ADAPTER SCALE]…`` writes float32 logits of the
 last token of every prefix of TOKENS (numbers separated by commas), then of 16 that it chooses
 itself; ``… embeddings MODEL OUT TOKENS`` writes the hidden state of every token;
-``python -m tests.llama_cpp tokens MODEL OUT TEXTS`` writes the token ids of every text of a JSON
-file, with special tokens read and those added that begin and end a text.
+``python -m tests.llama_cpp tokens MODELS OUT TEXTS`` writes, for every one of the models (a JSON
+list of paths), the token ids of every text of a JSON file, with special tokens read and those added
+that begin and end a text; only their vocabularies are loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from exporters.gguf.metadata import Metadata, encode_metadata, text
+
 ROOT = Path(__file__).parents[1]
+_VOCABULARY_ONLY = 72  # bytes from the start of llama_model_params, the first of its truth values
 _FLASH_ATTENTION = 52  # bytes from the start of llama_context_params
 _CACHE_TYPES = 104  # bytes from the start of llama_context_params to type_k and type_v
 
@@ -73,10 +78,28 @@ def embeddings(model: Path, tokens: Sequence[int]) -> np.ndarray[Any, Any]:
 
 def tokens_of(model: Path, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of texts by the vocabulary of a GGUF model."""
-    source, out = model.parent / "texts.json", model.parent / "tokens.json"
+    return _tokens(model.parent, [model], texts)[0]
+
+
+def tokens_by(
+    vocabularies: Mapping[str, Metadata], texts: Sequence[str], folder: Path
+) -> dict[str, list[list[int]]]:
+    """Token ids of texts by vocabularies, as they would stand in a file."""
+    paths = []
+    for number, vocabulary in enumerate(vocabularies.values()):
+        described = {"general.architecture": text("llama"), **vocabulary}
+        head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(described))
+        paths.append(folder / f"{number}.gguf")
+        paths[-1].write_bytes(head + encode_metadata(described))
+    return dict(zip(vocabularies, _tokens(folder, paths, texts), strict=True))
+
+
+def _tokens(folder: Path, models: Sequence[Path], texts: Sequence[str]) -> list[list[list[int]]]:
+    listed, source, out = (folder / f"{name}.json" for name in ("models", "texts", "tokens"))
+    listed.write_text(json.dumps([str(model) for model in models]))
     source.write_text(json.dumps(texts))
-    _program("tokens", str(model), str(out), str(source))
-    found: list[list[int]] = json.loads(out.read_text())
+    _program("tokens", str(listed), str(out), str(source))
+    found: list[list[list[int]]] = json.loads(out.read_text())
     return found
 
 
@@ -181,7 +204,7 @@ def write_gguf(folder: Path, path: Path, *, vocabulary: bool = False) -> None:
         checkpoint.close()
 
 
-def _tokenize(model: str, out: str, texts: Sequence[str]) -> None:
+def _tokenize(models: Sequence[str], out: str, texts: Sequence[str]) -> None:
     lib = _library()
     lib.llama_model_default_params.restype = _Opaque
     for name in ("llama_model_load_from_file", "llama_model_get_vocab"):
@@ -193,23 +216,31 @@ def _tokenize(model: str, out: str, texts: Sequence[str]) -> None:
         ctypes.c_bool, ctypes.c_bool,
     ]  # fmt: skip
     lib.llama_backend_init()
-    loaded = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
-    assert loaded, "llama.cpp cannot load the model"
-    vocabulary = lib.llama_model_get_vocab(loaded)
     found = []
-    for text in texts:
-        raw = text.encode()
-        room = (ctypes.c_int32 * (len(raw) + 8))()
-        count = lib.llama_tokenize(vocabulary, raw, len(raw), room, len(room), True, True)
-        assert count >= 0, text
-        found.append(list(room[:count]))
+    for model in models:
+        settings = lib.llama_model_default_params()
+        flags = (ctypes.c_ubyte * 4).from_buffer(settings, _VOCABULARY_ONLY)
+        assert list(flags) == [0, 0, 1, 0], "the structure has changed: these are its defaults"
+        flags[0] = 1
+        loaded = lib.llama_model_load_from_file(model.encode(), settings)
+        assert loaded, f"llama.cpp cannot load {model}"
+        vocabulary = lib.llama_model_get_vocab(loaded)
+        found.append([_ids(lib, vocabulary, text) for text in texts])
     Path(out).write_text(json.dumps(found))
+
+
+def _ids(lib: Any, vocabulary: Any, text: str) -> list[int]:
+    raw = text.encode()
+    room = (ctypes.c_int32 * (2 * len(raw) + 16))()
+    count = lib.llama_tokenize(vocabulary, raw, len(raw), room, len(room), True, True)
+    assert count >= 0, text
+    return list(room[:count])
 
 
 if __name__ == "__main__":
     _what, _model, _out, _words, *_rest = sys.argv[1:]
     if _what == "tokens":
-        _tokenize(_model, _out, json.loads(Path(_words).read_text()))
+        _tokenize(json.loads(Path(_model).read_text()), _out, json.loads(Path(_words).read_text()))
     else:
         _run(_what, _model, _out, [int(t) for t in _words.split(",")],
              [(p, float(s)) for p, s in zip(_rest[::2], _rest[1::2], strict=True)])  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from exporters.gguf.metadata import text, texts
 from exporters.gguf.vocabulary.base import Files, Pieces, Token, single_steps
+from exporters.gguf.vocabulary.merging import Merging
 from exporters.gguf.vocabulary.pretokenizers import find_pretokenizer
 
 __all__ = ["read_byte_level"]
@@ -35,13 +36,13 @@ def read_byte_level(files: Files, tokenizer: Mapping[str, Any], model: Mapping[s
             "the tokenizer composes characters (NFC), llama.cpp does not; "
             "text that is not composed gets other tokens"
         )
-    pre = find_pretokenizer(
-        tokenizer.get("pre_tokenizer"), ignore_merges=bool(model.get("ignore_merges")),
-        label=files.label,
-    )  # fmt: skip
+    merges = [_pair(files, merge) for merge in model["merges"]]
+    added = {str(entry.get("content")) for entry in tokenizer.get("added_tokens") or []}
+    merging = Merging(model["vocab"], merges, bool(model.get("ignore_merges")), added)
+    pre, notes = find_pretokenizer(tokenizer.get("pre_tokenizer"), merging, files.label)
+    pieces.notes += notes
     for token, number in model["vocab"].items():
         pieces.tokens[files.number(token, number)] = Token(token)
-    merges = [_pair(files, merge) for merge in model["merges"]]
     pieces.metadata["tokenizer.ggml.pre"] = text(pre)
     pieces.metadata["tokenizer.ggml.merges"] = texts(f"{a} {b}" for a, b in merges)
     return pieces
