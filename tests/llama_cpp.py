@@ -105,9 +105,9 @@ def _tokens(folder: Path, models: Sequence[Path], texts: Sequence[str]) -> list[
 
 def _program(*words: str) -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.llama_cpp", *words], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "tests.llama_cpp", *words], cwd=ROOT, capture_output=True
     )
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.returncode == 0, ran.stderr.decode("utf-8", "replace")[-3000:]
 
 
 def _library() -> Any:

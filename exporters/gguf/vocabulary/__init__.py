@@ -20,7 +20,8 @@ from exporters.gguf.vocabulary.wordpiece import read_word_list, read_wordpiece
 
 __all__ = ["Vocabulary", "no_vocabulary", "read_vocabulary"]
 
-_PIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_PIECE_FILES = ("tokenizer.model", "spiece.model")
+_SHIFTED = "sentencepiece.bpe.model"
 _ROLES = ("bos", "eos", "unk", "pad", "sep", "mask", "cls")
 _KEYS = {"unk": "unknown", "pad": "padding", "sep": "seperator"}
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<EOT>")
@@ -30,6 +31,8 @@ _FIM = {
     "fim_mid": ("<|fim_middle|>", "<fim_middle>", "<fim-middle>", "<MID>", "▁<MID>"),
     "fim_pad": ("<|fim_pad|>", "<fim_pad>", "<fim-pad>"),
 }
+_DEFAULT_END = {"gpt2": 11, "llama": 2, "t5": 1}
+"""The token at which llama.cpp ends texts of a kind of vocabulary that does not name it."""
 _WORST = -1e4
 
 
@@ -114,6 +117,11 @@ class _Reader:
             for name in _PIECE_FILES:
                 if name in files.contents:
                     return read_sentencepiece(files, name)
+            if _SHIFTED in files.contents:
+                files.refuse(
+                    f"of its tokenizer there is {_SHIFTED} alone, whose ids are not the model's",
+                    "Save its tokenizer.json: AutoTokenizer.from_pretrained(…).save_pretrained(…)",
+                )
             if "vocab.txt" in files.contents:
                 return read_word_list(files, "vocab.txt")
             files.refuse(
@@ -138,6 +146,7 @@ class _Reader:
 
     def _add_tokens(self, pieces: Pieces) -> None:
         """Put in what was added to the vocabulary: special tokens and others."""
+        spaced, stripped = [], []
         for added in self._added():
             token, number = str(added.get("content")), added.get("id")
             special = bool(added.get("special"))
@@ -148,15 +157,28 @@ class _Reader:
                 kind = held.kind
             pieces.tokens[place] = Token(token, kind, held.score if held else 0.0)
             if pieces.prefixed and not special and added.get("normalized", True):
-                self._notes.append(
-                    f"llama.cpp puts a space between the token {token!r} and what follows it, "
-                    "which the tokenizer does not"
-                )
+                spaced.append(token)
             if added.get("lstrip") or added.get("rstrip") or added.get("single_word"):
-                self._notes.append(
-                    f"the token {token!r} takes spaces beside it or stands alone as a word; "
-                    "llama.cpp does not do so"
-                )
+                stripped.append(token)
+        self._mark_named(pieces)
+        if spaced:
+            self._notes.append(
+                f"llama.cpp puts a space between {_listed(spaced)} and what follows, which the "
+                "tokenizer does not"
+            )
+        if stripped:
+            self._notes.append(
+                f"the tokenizer takes the spaces beside {_listed(stripped)} away, or finds it as a "
+                "whole word only; llama.cpp does not (but for spaces after it, where the model's "
+                "name contains phi-3)"
+            )
+
+    def _mark_named(self, pieces: Pieces) -> None:
+        """Mark as special what is named as such, as transformers does when it loads a tokenizer."""
+        named = {self._name_of(role) or pieces.specials.get(role) for role in _ROLES}
+        for number, token in pieces.tokens.items():
+            if token.text in named and token.kind is TokenKind.NORMAL:
+                pieces.tokens[number] = replace(token, kind=TokenKind.CONTROL)
 
     def _added(self) -> list[Mapping[str, Any]]:
         if self._tokenizer.get("added_tokens") is not None:
@@ -207,22 +229,53 @@ class _Reader:
             if number is not None:
                 found[role] = number
         if pieces.model == "bert":
-            found.pop("eos", None)
+            self._frame(found)
         found |= self._turn_ends(found)
         for role, names in _FIM.items():
             held = next((self._ids[name] for name in names if name in self._ids), None)
             if held is not None:
                 found[role] = held
         if "eos" not in found and pieces.model != "bert":
-            self._notes.append("the tokenizer does not say which token ends a text")
+            found |= self._ending(pieces)
         values = {
             f"tokenizer.ggml.{_KEYS.get(role, role)}_token_id": u32(number)
             for role, number in found.items()
         }
         before, after = pieces.around or self._around(found)
+        for wanted, role in ((before, "bos"), (after, "eos")):
+            if wanted and role not in found:
+                self._files.refuse(
+                    f"its tokenizer puts a token ({role}) around every text that it does not name",
+                    f"Name '{role}_token' in tokenizer_config.json.",
+                )
         values["tokenizer.ggml.add_bos_token"] = flag(before)
         values["tokenizer.ggml.add_eos_token"] = flag(after)
         return values
+
+    def _frame(self, found: dict[str, int]) -> None:
+        """What llama.cpp takes fixed ids for where BERT's tokenizer does not name it."""
+        found.pop("eos", None)
+        if "cls" in found:
+            found["bos"] = found["cls"]
+        for role, token in (("bos", "[CLS]"), ("sep", "[SEP]"), ("unk", "[UNK]")):
+            if role not in found:
+                self._files.refuse(
+                    f"its WordPiece tokenizer has no token '{token}', without which llama.cpp "
+                    "tokenizes nothing",
+                    "Name cls_token, sep_token and unk_token in tokenizer_config.json.",
+                )
+
+    def _ending(self, pieces: Pieces) -> dict[str, int]:
+        """What ends a text where the tokenizer does not say: llama.cpp would take a fixed id."""
+        unused = next((n for n in self._ids.values() if n not in pieces.tokens), None)
+        self._notes.append("the tokenizer does not say which token ends a text")
+        if unused is None:
+            number = _DEFAULT_END[pieces.model]
+            if number < len(self._ids):
+                token = next(token for token, held in self._ids.items() if held == number)
+                self._notes.append(f"llama.cpp ends texts at token {number}, {token!r}, therefore")
+            return {}
+        return {"eos": unused}
 
     def _turn_ends(self, found: Mapping[str, int]) -> dict[str, int]:
         """The token that ends a turn: a second one that ends generation, if the model has some."""
@@ -267,10 +320,15 @@ class _Reader:
                 f"its tokenizer.json adds tokens by {other}, which is not known here"
             )
         if not templates:
-            default = not self._tokenizer  # SentencePiece by itself begins texts
+            # SentencePiece by itself begins texts; without a token for that (T5), it ends them.
+            begins = not self._tokenizer and "bos" in special
+            ends = not self._tokenizer and "bos" not in special and "eos" in special
             before = self._settings.get("add_bos_token")
             after = self._settings.get("add_eos_token")
-            return (default if before is None else bool(before)), bool(after)
+            return (
+                begins if before is None else bool(before),
+                ends if after is None else bool(after),
+            )
         single = [
             str(entry["SpecialToken"]["id"]) if "SpecialToken" in entry else ""
             for entry in templates[0].get("single", [])
@@ -311,3 +369,10 @@ class _Reader:
 
 
 _PROCESSORS = ("ByteLevel", "TemplateProcessing")
+
+
+def _listed(tokens: Sequence[str]) -> str:
+    """Some tokens by name, the others by count."""
+    shown = ", ".join(repr(token) for token in tokens[:3])
+    more = f" and {len(tokens) - 3} more" if len(tokens) > 3 else ""
+    return f"{'the tokens' if len(tokens) > 1 else 'the token'} {shown}{more}"

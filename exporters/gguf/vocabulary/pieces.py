@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from exporters.gguf.metadata import flag, i8s
@@ -21,6 +21,7 @@ __all__ = ["read_merged_pieces", "read_sentencepiece", "read_unigram"]
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _UNIGRAM, _BPE = 1, 2
 _WORST = -1e4
+_AT_SPACES = ({"String": " "}, {"Regex": " "})
 
 
 def read_merged_pieces(
@@ -43,7 +44,8 @@ def read_merged_pieces(
             "llama.cpp does not cut",
             "Set 'split' of its Metaspace to false, if the vocabulary was made so.",
         )
-    scores = _scores(files, model, vocabulary)
+    added = {str(entry.get("content")) for entry in tokenizer.get("added_tokens") or []}
+    scores = _scores(files, model, vocabulary, added)
     pieces = Pieces("llama", {}, scored=True, prefixed=prefix)
     unknown = model.get("unk_token")
     for token, number in vocabulary.items():
@@ -54,23 +56,53 @@ def read_merged_pieces(
             kind = TokenKind.BYTE
         place = files.number(token, number)
         pieces.tokens[place] = Token(token, kind, scores.get(token, _WORST))
+    if unknown in vocabulary:
+        pieces.specials["unk"] = str(unknown)
+    if prefix:
+        pieces.notes += _notes_of_prefix(tokenizer)
     _need_bytes(files, pieces)
     pieces.metadata["tokenizer.ggml.add_space_prefix"] = flag(prefix)
     return pieces
 
 
+def _notes_of_prefix(tokenizer: Mapping[str, Any]) -> list[str]:
+    """Where llama.cpp puts a space and Metaspace does not; Prepend is as llama.cpp."""
+    schemes = [
+        step.get("prepend_scheme", "always")
+        for step in single_steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
+        if step.get("type") == "Metaspace"
+    ]
+    if not schemes:
+        return []
+    after = " and before text after a special token" if "first" in schemes else ""
+    where = f"before text that begins with one{after}"
+    return [f"llama.cpp puts a space also {where}, which the tokenizer does not"]
+
+
+_NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}
+"""Bytes that UTF-8 does not have."""
+
+
 def _need_bytes(files: Files, pieces: Pieces) -> None:
-    count = sum(token.kind is TokenKind.BYTE for token in pieces.tokens.values())
-    if count != 256:
+    """Every byte that may be left over must have a token; that of an ASCII letter may be itself."""
+    texts = {token.text for token in pieces.tokens.values()}
+    missing = [
+        f"<0x{byte:02X}>"
+        for byte in range(256)
+        if f"<0x{byte:02X}>" not in texts
+        and byte not in _NEVER
+        and not (byte < 0x80 and chr(byte) in texts)
+    ]
+    if missing:
         files.refuse(
-            f"its tokenizer has {count} tokens for single bytes ('<0x0A>' …); llama.cpp needs all "
-            "256 for text that no other token fits",
+            f"its tokenizer lacks {len(missing)} tokens for single bytes, such as {missing[0]!r}, "
+            "which llama.cpp needs for text that no other token fits",
             "Train the tokenizer with byte_fallback.",
         )
 
 
 def _scores(
-    files: Files, model: Mapping[str, Any], vocabulary: Mapping[str, int]
+    files: Files, model: Mapping[str, Any], vocabulary: Mapping[str, int], added: Collection[str]
 ) -> dict[str, float]:
     """Scores that merge in the order of the list.
 
@@ -96,7 +128,8 @@ def _scores(
             pair = (token[:at], token[at:])
             if pair[0] in vocabulary and pair[1] in vocabulary and pair not in pairs:
                 _incomplete(files, f"makes {token!r} of other parts than {pair[0]!r} + {pair[1]!r}")
-    lone = next((t for t in vocabulary if _is_unmade(t, ranks, vocabulary)), None)
+    merged = (token for token in vocabulary if token not in added)  # others are found before
+    lone = next((token for token in merged if _is_unmade(token, ranks, vocabulary)), None)
     if lone is not None:
         _incomplete(files, f"has the token {lone!r}, which no merge makes")
     return {token: -float(rank) for token, rank in ranks.items()}
@@ -138,7 +171,7 @@ def _spaces(files: Files, tokenizer: Mapping[str, Any]) -> tuple[bool, bool]:
             prefix |= scheme in ("always", "first")
             cut |= bool(step.get("split", True))
             replaced = True
-        elif kind == "Split" and step.get("pattern") == {"String": " "} and replaced:
+        elif kind == "Split" and step.get("pattern") in _AT_SPACES and replaced:
             continue  # no space is left to cut at
         else:
             files.refuse(
@@ -169,12 +202,19 @@ def read_unigram(files: Files, tokenizer: Mapping[str, Any], model: Mapping[str,
         token, score = entry
         kind = TokenKind.UNKNOWN if number == unknown else TokenKind.NORMAL
         pieces.tokens[number] = Token(str(token), kind, float(score))
+    if unknown not in pieces.tokens:
+        files.refuse("its Unigram tokenizer has no token for what it does not know ('unk_id')")
+    pieces.specials["unk"] = pieces.tokens[unknown].text
     prefix, squeeze = False, False
     for step in single_steps(tokenizer.get("normalizer"), "normalizers"):
         what = step.get("type")
         if what == "Precompiled" and step.get("precompiled_charsmap"):
             raw = base64.b64decode(step["precompiled_charsmap"])
             pieces.metadata["tokenizer.ggml.precompiled_charsmap"] = i8s(raw)
+            pieces.notes.append(
+                "the tokenizer normalises letters with their combining marks, llama.cpp (as "
+                "SentencePiece) without; text with such marks may get other tokens"
+            )
         elif what == "Replace" and step.get("pattern") == {"Regex": " {2,}"}:
             squeeze = True
         elif what != "Strip":

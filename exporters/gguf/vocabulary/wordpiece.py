@@ -73,6 +73,14 @@ def _pieces(
     pieces.metadata["tokenizer.ggml.normalizer.lowercase"] = flag(lowercase)
     pieces.metadata["tokenizer.ggml.normalizer.strip_accents"] = flag(accents)
     pieces.metadata["tokenizer.ggml.add_sep_token"] = flag(True)
-    pieces.specials = {"bos": "[CLS]", "cls": "[CLS]", "sep": "[SEP]", "unk": unknown}
+    pieces.specials = {
+        "bos": "[CLS]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]",
+        "unk": unknown,
+    }  # fmt: skip
     pieces.around = (True, False)
+    if accents:
+        pieces.notes.append(
+            "the tokenizer takes accents away, llama.cpp all combining marks, so vowel signs of "
+            "Indic scripts too"
+        )
     return pieces
