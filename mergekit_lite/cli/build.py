@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_lite.cli.options import SIZE
+from mergekit_lite.cli.options import ACCEPT, PROFILE, REASON, SIZE, accepted_licences
 from mergekit_lite.text import plain
 
 __all__ = ["command"]
@@ -15,7 +15,9 @@ __all__ = ["command"]
 
 @click.command("build", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--production", is_flag=True, help="Make an error of what a good release would have.")
+@PROFILE
+@ACCEPT
+@REASON
 @click.option("--force", is_flag=True, help="Replace results that pack made with other inputs.")
 @click.option("--memory", type=SIZE, default="512MB", show_default=True, help="Memory for weights.")
 @click.option(
@@ -26,7 +28,9 @@ __all__ = ["command"]
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def command(
     recipe: Path,
-    production: bool,
+    profile: str | None,
+    accept: tuple[str, ...],
+    reasons: tuple[str, ...],
     force: bool,
     memory: int,
     threads: int | None,
@@ -43,12 +47,14 @@ def command(
     from mergekit_lite.cli.progress import make_progress
     from mergekit_lite.merge.run import Options, check_memory, default_threads
     from mergekit_lite.release.build import build
+    from mergekit_lite.release.draft import Asked
 
+    asked = Asked(profile=profile, accepted=accepted_licences(accept, reasons))
     KNOWN.enabled = not rehash
     check_memory(memory)
     options = Options(threads or default_threads(), memory, force=force)
     with make_progress(quiet or as_json) as progress:
-        built = build(recipe, Path("dist"), options, progress, production)
+        built = build(recipe, Path("dist"), options, progress, asked)
     if as_json:
         steps = [
             {"name": s.name, "done": s.done, "seconds": round(s.seconds, 3),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mergekit_lite.cli.options import ACCEPT, PROFILE, REASON, accepted_licences
 from mergekit_lite.cli.table import echo_table
 from mergekit_lite.text import plain
 
@@ -23,14 +24,18 @@ __all__ = ["command"]
 @click.option("--as", "released_as", metavar="LICENCE", help="Licence of the release.")
 @click.option("--name", help="Name of the release.")
 @click.option("--check", is_flag=True, help="Exit with an error if something conflicts.")
-@click.option("--production", is_flag=True, help="A licence that is not known is an error, too.")
+@PROFILE
+@ACCEPT
+@REASON
 @click.option("--json", "as_json", is_flag=True, help="Print it for programs.")
 def command(
     words: tuple[str, ...],
     released_as: str | None,
     name: str | None,
     check: bool,
-    production: bool,
+    profile: str | None,
+    accept: tuple[str, ...],
+    reasons: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Show what licences of models ask of what is made of them, and what conflicts.
@@ -41,17 +46,18 @@ def command(
     from mergekit_lite.errors import PackError
     from mergekit_lite.release.licences.judge import judge_models, judge_recipe
 
+    accepted = accepted_licences(accept, reasons)
     if len(words) == 1 and words[0].endswith((".yaml", ".yml")) and Path(words[0]).is_file():
-        judged = judge_recipe(Path(words[0]), released_as, name)
+        judged = judge_recipe(Path(words[0]), released_as, name, accepted)
     else:
-        judged = judge_models(words, Path(), released_as, name)
+        judged = judge_models(words, Path(), released_as, name, accepted=accepted)
     verdict = judged.verdict
     if as_json:
         click.echo(json.dumps(judged.describe(), indent=2))
     else:
         _show(judged)
     problems = [conflict.sentence for conflict in verdict.conflicts]
-    if production:
+    if profile == "production":
         problems += [f"the licence of {p.name} is not known" for p in verdict.unknown]
     if check and problems:
         more = "".join(f"\n  {problem}" for problem in problems)
@@ -85,6 +91,8 @@ def _show(judged: Judged) -> None:
 def _conclude(verdict: Verdict) -> None:
     for conflict in verdict.conflicts:
         click.secho(plain(f"conflict: {conflict.sentence}"), fg="red")
+    for line in verdict.accepted:
+        click.secho(plain(f"accepted: {line}"), fg="yellow")
     if not verdict.conflicts:
         under = " or ".join(verdict.release_as) or "any licence that keeps the obligations"
         click.echo(f"may be released under: {under}")

@@ -9,7 +9,10 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-__all__ = ["SIZE", "RecipePath", "Size", "complete_merge", "human_bytes", "split_method"]
+__all__ = [
+    "ACCEPT", "PROFILE", "REASON", "SIZE", "RecipePath", "Size", "accepted_licences",
+    "complete_merge", "human_bytes", "split_method",
+]  # fmt: skip
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -33,6 +36,35 @@ class Size(click.ParamType[int]):
 
 SIZE = Size()
 RecipePath = click.Path(path_type=Path)
+
+
+PROFILE = click.option(
+    "--profile", type=click.Choice(["research", "community", "production"]),
+    help="What it must hold; under production what lacks is an error.  "
+    "[default: the recipe's, or community]",
+)  # fmt: skip
+ACCEPT = click.option(
+    "--accept-license", "accept", multiple=True, metavar="ID",
+    help="Answer for a licence that is not known or conflicts, by its id or its model's name.",
+)  # fmt: skip
+REASON = click.option(
+    "--reason", "reasons", multiple=True, metavar="TEXT",
+    help="Why, for each --accept-license; it is written into lock and card.",
+)  # fmt: skip
+
+
+def accepted_licences(accept: tuple[str, ...], reasons: tuple[str, ...]) -> dict[str, str]:
+    """Licences with the reasons for accepting them.
+
+    Raises:
+        click.UsageError: A licence has no reason, or a reason no licence.
+    """
+    if len(accept) != len(reasons) or any(len(reason.strip()) < 3 for reason in reasons):
+        raise click.UsageError(
+            "every --accept-license needs its --reason, for example: --accept-license llama3.1 "
+            "--reason 'agreement with Meta of 2026-03-01'"
+        )
+    return dict(zip(accept, reasons, strict=True))
 
 
 _METHOD_WORDS = (

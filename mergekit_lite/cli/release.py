@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite.cli.options import human_bytes
+from mergekit_lite.cli.options import (
+    ACCEPT,
+    PROFILE,
+    REASON,
+    accepted_licences,
+    human_bytes,
+)
 from mergekit_lite.release.manifest import MANIFEST, read_manifest
 from mergekit_lite.text import plain
 
 if TYPE_CHECKING:
     from mergekit_lite.release.bundle import Release
+    from mergekit_lite.release.gather import Made
     from mergekit_lite.release.push import Pushed, Target
 
 __all__ = ["command"]
@@ -25,10 +32,16 @@ __all__ = ["command"]
 @click.argument("name", required=False)
 @click.option("--version", metavar="V", help="Semantic version.  [default: the recipe's]")
 @click.option(
+    "--bump", type=click.Choice(["major", "minor", "patch", "auto"]),
+    help="The next version; auto: by what changed (base or architecture, files, papers alone).",
+)  # fmt: skip
+@click.option(
     "--template", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
     help="Template of the card, in Jinja; it is rendered in a sandbox.",
 )  # fmt: skip
-@click.option("--production", is_flag=True, help="Make an error of what a good release would have.")
+@PROFILE
+@ACCEPT
+@REASON
 @click.option(
     "--sign", "key", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="KEY",
     help="Sign it with a private key of an elliptic curve (PEM).",
@@ -46,8 +59,11 @@ __all__ = ["command"]
 def command(
     name: str | None,
     version: str | None,
+    bump: str | None,
     template: Path | None,
-    production: bool,
+    profile: str | None,
+    accept: tuple[str, ...],
+    reasons: tuple[str, ...],
     key: Path | None,
     archive: bool,
     repo: str | None,
@@ -68,19 +84,23 @@ def command(
     """
     from mergekit_lite.release.archive import pack_archive
     from mergekit_lite.release.bundle import make_release
+    from mergekit_lite.release.draft import Asked
     from mergekit_lite.release.gather import gather, last_name
     from mergekit_lite.release.push import describe
     from mergekit_lite.release.sign import sign_release
 
+    if version and bump:
+        raise click.UsageError("give --version or --bump, not both")
     dist = Path("dist")
     made = gather(dist, name or last_name(dist))
     target = _target(repo, made.recipe, private, pull_request, dry_run)
     text = template.read_text("utf-8") if template is not None else None
-    chosen = version or made.recipe.get("version")
+    chosen = version or (_bumped(made, dist, bump) if bump else made.recipe.get("version"))
     folder = dist / made.name / "release" / str(chosen)
     released = None
     if not (folder / MANIFEST).is_file() or (target is None and key is None and not archive):
-        released = make_release(made, dist, Path(), version, text, production)
+        asked = Asked(chosen, text, profile, accepted_licences(accept, reasons))
+        released = make_release(made, dist, Path(), asked)
         folder = released.folder
         for warning in released.warnings:
             click.secho(plain(f"warning: {warning}"), fg="yellow", err=True)
@@ -95,6 +115,16 @@ def command(
         click.echo(json.dumps({**_describe(folder, released), **describe(pushed)}))
     elif not quiet:
         _show(folder, released, pushed)
+
+
+def _bumped(made: Made, dist: Path, bump: str) -> str:
+    from mergekit_lite.release.version import propose
+
+    proposal = propose(dist / made.name / "release", made, None if bump == "auto" else bump)
+    if proposal is None:
+        raise click.UsageError("nothing was released yet; give the first version: --version 1.0.0")
+    click.echo(plain(f"{proposal.before} → {proposal.version}: {proposal.why}"), err=True)
+    return proposal.version
 
 
 def _target(

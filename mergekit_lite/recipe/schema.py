@@ -149,6 +149,7 @@ class TokenizerSection(_Section):
     source: Annotated[str, Field(min_length=1, description="base, union, or one of the models.")]
 
 
+_Reason = Annotated[str, Field(min_length=3, max_length=2000)]
 _Text = Annotated[str, Field(min_length=1, max_length=20_000)]
 
 
@@ -167,6 +168,10 @@ class CardSection(_Section):
     contact: _Text | None = None
     languages: Annotated[list[_Text], Field(max_length=100)] | None = None
     tags: Annotated[list[_Text], Field(max_length=100)] | None = None
+    template: Annotated[
+        str | None,
+        Field(min_length=1, max_length=1000, description="File of a template of one's own."),
+    ] = None
 
 
 class QuantizeEntry(_Section):
@@ -205,6 +210,14 @@ class Recipe(_Section):
     licenses: Annotated[
         dict[str, str] | None,
         Field(description="Licences of models, by their names here, where they do not say it."),
+    ] = None
+    accept_licenses: Annotated[
+        dict[str, _Reason] | None,
+        Field(description="Licences, by id or model, that you answer for, each with the reason."),
+    ] = None
+    profile: Annotated[
+        Literal["research", "community", "production"] | None,
+        Field(description="What a release must hold; under production what lacks is an error."),
     ] = None
     quantize: Annotated[
         list[QuantizeEntry] | None,

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import mergekit_lite
 from exporters.gguf.export import Scheme
 from exporters.gguf.mixtures import find_mixture
@@ -27,14 +29,13 @@ from mergekit_lite.merge.run import Options, Progress, prepare, run_merge
 from mergekit_lite.methods import ALIASES, METHODS
 from mergekit_lite.recipe import Recipe, read_recipe
 from mergekit_lite.release.bundle import make_release
-from mergekit_lite.release.gather import gather
+from mergekit_lite.release.draft import Asked, Draft, draft_release
+from mergekit_lite.release.gather import Made, gather, weighing
 from mergekit_lite.release.licences.judge import judge_recipe
 from mergekit_lite.release.manifest import MANIFEST, read_manifest
+from mergekit_lite.release.version import propose
 
 __all__ = ["Built", "Step", "build"]
-
-_BESIDE = frozenset({"card", "hub", "license", "licenses", "quantize", "version"})
-"""Keys of a recipe that change no weight."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def build(
     dist: Path,
     options: Options,
     progress: Progress,
-    production: bool = False,
+    asked: Asked | None = None,
 ) -> Built:
     """Do what a recipe asks for, as far as it is not done.
 
@@ -83,7 +84,7 @@ def build(
         dist: Folder of all results.
         options: How to run.
         progress: Told how far it is.
-        production: Whether what a good release would have is an error where it lacks.
+        asked: What the recipe does not say, of the release.
 
     Raises:
         PackError: Licences conflict, or a step fails; what is finished is kept.
@@ -94,7 +95,8 @@ def build(
             f"{path}: gives {recipe.output}, not a model", "Run: pack merge, pack adapters."
         )
     schemes = [find_mixture(entry.scheme) for entry in recipe.quantize or []]
-    judged = judge_recipe(path)
+    asked = asked or Asked()
+    judged = judge_recipe(path, accepted=asked.accepted)
     if judged.verdict.conflicts:
         listed = "".join(f"\n  {c.sentence}" for c in judged.verdict.conflicts)
         raise PackError(f"licences conflict:{listed}", f"See: pack licenses {path}")
@@ -109,7 +111,7 @@ def build(
     steps += _quantize(merged, requests, options, progress)
     if recipe.version is None:
         return Built(steps, None, [])
-    return _release(recipe, dist, path.parent, steps, production)
+    return _release(recipe, dist, path.parent, steps, asked)
 
 
 def _lock(folder: Path) -> Mapping[str, Any]:
@@ -132,18 +134,12 @@ def _is_of(lock: Mapping[str, Any], sources: Sequence[Source]) -> bool:
     return bool(lock["inputs"] == lock_inputs(sources, weights))
 
 
-def _weighing(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in recipe.items() if key not in _BESIDE}
-
-
 def _merge(recipe: Recipe, home: Path, folder: Path, options: Options, progress: Progress) -> Step:
     began = time.monotonic()
     prepared = prepare(recipe, home, options.shard_bytes)
     lock = _lock(folder)
     now = resolved_recipe(recipe, prepared.plan.method.symmetric)
-    same = bool(lock) and _weighing(lock.get("recipe", {})) == _weighing(
-        json.loads(json.dumps(now))
-    )
+    same = bool(lock) and weighing(lock.get("recipe", {})) == weighing(json.loads(json.dumps(now)))
     if same and _is_of(lock, list(prepared.inputs.sources.values())):
         prepared.inputs.close()
         return Step("merge", False, time.monotonic() - began, folder)
@@ -183,7 +179,7 @@ def _quantize(
     ]  # fmt: skip
 
 
-def _release(recipe: Recipe, dist: Path, home: Path, steps: list[Step], production: bool) -> Built:
+def _release(recipe: Recipe, dist: Path, home: Path, steps: list[Step], asked: Asked) -> Built:
     began = time.monotonic()
     stated = json.loads(json.dumps(resolved_recipe(recipe, METHODS[recipe.merge_method].symmetric)))
     made = replace(gather(dist, str(recipe.name)), stated=stated)
@@ -192,15 +188,34 @@ def _release(recipe: Recipe, dist: Path, home: Path, steps: list[Step], producti
     folder = dist / made.name / "release" / str(recipe.version)
     name = f"release {recipe.version}"
     if (folder / MANIFEST).is_file():
-        held = json.loads((folder / LOCK_NAME).read_text("utf-8")).get("results")
-        if held != {a.folder.name: a.lock for a in made.artifacts}:
-            raise PackError(
-                f"{folder}: version {recipe.version} was released with other content; a version "
-                "never changes",
-                "Raise the recipe's version.",
-            )
+        _check_same(folder, made, draft_release(made, home, str(recipe.version), asked))
         digest = read_manifest(folder / MANIFEST)[2]
         return Built([*steps, Step(name, False, time.monotonic() - began, folder)], digest, [])
-    released = make_release(made, dist, home, production=production)
+    released = make_release(made, dist, home, asked)
     step = Step(name, True, time.monotonic() - began, released.folder)
     return Built([*steps, step], released.digest, released.warnings)
+
+
+def _check_same(folder: Path, made: Made, draft: Draft) -> None:
+    """The release that is there holds what would be released now.
+
+    Raises:
+        PackError: It holds something else.
+    """
+    held = json.loads((folder / LOCK_NAME).read_text("utf-8")).get("results")
+    stated = folder / "recipe.yaml"
+    said = yaml.safe_load(stated.read_text("utf-8")) if stated.is_file() else {}
+    changed = {
+        key for key in said.keys() | draft.recipe.keys() if said.get(key) != draft.recipe.get(key)
+    }
+    if held == {a.folder.name: a.released_lock for a in made.artifacts} and changed <= {"hub"}:
+        return
+    proposal = propose(folder.parent, made)
+    assert proposal is not None  # noqa: S101 (there is this one at least)
+    keys = f" (changed in the recipe: {', '.join(sorted(changed))})" if changed else ""
+    raise PackError(
+        f"{folder}: version {draft.version} was released with other content{keys}; a version "
+        "never changes",
+        f"Since {proposal.before} {proposal.why}: write version: {proposal.version} into the "
+        "recipe.",
+    )

@@ -17,12 +17,7 @@ from mergekit_lite.errors import PackError
 from mergekit_lite.release.licences.table import find_licence
 from mergekit_lite.resources import resource_folder
 
-__all__ = ["ASKED", "front_matter", "render_card", "standard_template"]
-
-ASKED = (
-    "summary", "intended_use", "out_of_scope", "evaluation", "limitations", "authors", "citation",
-)  # fmt: skip
-"""Keys of ``card:`` that a good card has and that only its author knows."""
+__all__ = ["front_matter", "render", "render_card", "standard_template"]
 
 _LONGEST = 1 << 20
 
@@ -79,6 +74,15 @@ def render_card(template: str, values: Mapping[str, Any]) -> bytes:
     Raises:
         PackError: The template is wrong, or reaches for what it may not have.
     """
+    return render(template, values, "card").encode()
+
+
+def render(template: str, values: Mapping[str, Any], what: str) -> str:
+    """Render a text in the sandbox.
+
+    Raises:
+        PackError: The template is wrong, or reaches for what it may not have.
+    """
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -88,9 +92,9 @@ def render_card(template: str, values: Mapping[str, Any]) -> bytes:
         line = getattr(error, "lineno", None)
         where = f" in line {line}" if line else ""
         raise PackError(
-            f"the template of the card cannot be rendered{where}: {error}",
+            f"the template of the {what} cannot be rendered{where}: {error}",
             "Templates get data only; see templates/card.md.jinja for what there is.",
         ) from None
     if len(text) > _LONGEST:
-        raise PackError(f"the card has {len(text)} characters", "Shorten its template.")
-    return text.encode()
+        raise PackError(f"the {what} has {len(text)} characters", "Shorten its template.")
+    return text

@@ -12,9 +12,28 @@ from mergekit_lite.errors import FileFormatError, PackError, nearest
 from mergekit_lite.merge.lock import LOCK_NAME
 from mergekit_lite.release.manifest import Entry
 
-__all__ = ["Artifact", "Made", "gather", "last_name"]
+__all__ = ["Artifact", "Made", "gather", "last_name", "weighing"]
+
+_BESIDE = frozenset(
+    {
+        "accept_licenses",
+        "card",
+        "hub",
+        "license",
+        "licenses",
+        "profile",
+        "quantize",
+        "version",
+    }
+)
+"""Keys of a recipe that change no weight."""
 
 _MAIN = ("merge", "adapter", "extract", "adapters")
+
+
+def weighing(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a recipe that its weights follow from."""
+    return {key: value for key, value in recipe.items() if key not in _BESIDE}
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,15 @@ class Artifact:
         """What made it: ``merge``, ``quantize``, ``adapter`` or another word."""
         return str(self.lock.get("kind"))
 
+    @property
+    def released_lock(self) -> Mapping[str, Any]:
+        """Its lock, less what the recipe said of papers when it was made; they may change."""
+        recipe = self.lock.get("recipe")
+        if not isinstance(recipe, dict):
+            return self.lock
+        kept = {key: value for key, value in self.lock.items() if key != "version"}
+        return {**kept, "recipe": weighing(recipe)}
+
 
 @dataclass(frozen=True)
 class Made:
@@ -55,6 +83,12 @@ class Made:
     def main(self) -> Artifact:
         """The model or adapter itself, or what else there is."""
         return self.artifacts[0]
+
+    def place(self, artifact: Artifact, path: str) -> str:
+        """Where a file lies in a release: the model itself at the top, so that programs load it."""
+        if artifact is self.main:
+            return path
+        return f"{artifact.lock.get('format', artifact.folder.name)}/{path}"
 
     @property
     def recipe(self) -> Mapping[str, Any]:

@@ -18,11 +18,12 @@ __all__ = ["make_provenance"]
 _BUILD = "urn:pack-models:build:v1"
 
 
-def make_provenance(made: Made, entries: Sequence[Entry]) -> bytes:
+def make_provenance(made: Made, recipe: Mapping[str, Any], entries: Sequence[Entry]) -> bytes:
     """Write the statement.
 
     Args:
         made: The results of the release.
+        recipe: As the release states it; empty without.
         entries: Files that it speaks for.
     """
     dependencies: dict[str, dict[str, Any]] = {}
@@ -46,7 +47,7 @@ def make_provenance(made: Made, entries: Sequence[Entry]) -> bytes:
         "predicate": {
             "buildDefinition": {
                 "buildType": _BUILD,
-                "externalParameters": {"recipe": dict(made.recipe), "steps": steps},
+                "externalParameters": {"recipe": dict(recipe), "steps": steps},
                 "internalParameters": dict(made.main.lock.get("environment", {})),
                 "resolvedDependencies": [dependencies[name] for name in sorted(dependencies)],
             },

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mergekit_lite.errors import PackError
 from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
+from mergekit_lite.release.profiles import PROFILES
 from mergekit_lite.release.secrets import find_secrets
 from mergekit_lite.release.verify import verify_release
 
@@ -93,6 +96,10 @@ def push_release(
         )
     _, entries, digest = read_manifest(folder / MANIFEST)
     signed = (SIGNATURE,) if (folder / SIGNATURE).is_file() else ()
+    if not signed and _wants_signature(folder):
+        raise PackError(
+            f"{folder}: is for production, and not signed", "Sign it: pack release --sign KEY"
+        )
     paths = (*sorted(entries), MANIFEST, *signed)
     tag = f"v{found.version}"
     if target.dry_run:
@@ -103,6 +110,12 @@ def push_release(
         raise
     except Exception as error:  # whatever the client raises
         raise _explained(error, target) from None
+
+
+def _wants_signature(folder: Path) -> bool:
+    path = folder / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
+    return PROFILES[recipe.get("profile") or "community"].signed
 
 
 class _Hub:

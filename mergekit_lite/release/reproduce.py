@@ -15,6 +15,7 @@ from mergekit_lite.errors import PackError
 from mergekit_lite.merge.lock import LOCK_NAME
 from mergekit_lite.merge.run import Options, Progress
 from mergekit_lite.release.build import build
+from mergekit_lite.release.draft import TEMPLATE
 from mergekit_lite.release.manifest import MANIFEST, read_manifest
 
 __all__ = ["Reproduced", "reproduce"]
@@ -53,6 +54,8 @@ def reproduce(folder: Path, options: Options, progress: Progress) -> Reproduced:
     with tempfile.TemporaryDirectory(prefix="pack-") as scratch:
         path = Path(scratch) / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe, sort_keys=True))
+        if (folder / TEMPLATE).is_file():
+            (path.parent / TEMPLATE).write_bytes((folder / TEMPLATE).read_bytes())
         dist = Path(scratch) / "dist"
         built = build(path, dist, options, progress)
         again = dist / str(recipe["name"]) / "release" / str(recipe["version"])

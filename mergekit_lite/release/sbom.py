@@ -14,6 +14,7 @@ from typing import Any
 
 import mergekit_lite
 from mergekit_lite.merge.config import to_json
+from mergekit_lite.release.draft import Draft
 from mergekit_lite.release.licences.combine import Parent
 from mergekit_lite.release.licences.table import find_licence
 from mergekit_lite.release.manifest import Entry, media_type
@@ -21,26 +22,17 @@ from mergekit_lite.release.manifest import Entry, media_type
 __all__ = ["make_sbom"]
 
 
-def make_sbom(
-    name: str,
-    version: str,
-    licence: str | None,
-    architecture: str | None,
-    inputs: Sequence[Mapping[str, Any]],
-    parents: Sequence[Parent],
-    entries: Sequence[Entry],
-) -> bytes:
+def make_sbom(draft: Draft, entries: Sequence[Entry]) -> bytes:
     """Write the bill of materials.
 
     Args:
-        name: Of the release.
-        version: Of the release.
-        licence: That it is released under; None if none is stated.
-        architecture: Of the model; None if its config does not say.
-        inputs: As the locks name them: model, revision, files with digests.
-        parents: The same with their licences.
-        entries: Files of the release that the bill lists.
+        draft: The release.
+        entries: Its files that the bill lists.
     """
+    name, version, licence = draft.made.name, draft.version, draft.licence
+    inputs = [source.entry for source in draft.sources]
+    parents = [source.parent for source in draft.sources]
+    architecture = draft.architecture
     licences = {parent.name: parent for parent in parents}
     model: dict[str, Any] = {
         "type": "machine-learning-model",

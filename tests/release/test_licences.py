@@ -258,13 +258,13 @@ def test_the_most_frequent_breach(pack: Callable[..., Any], tmp_path: Path) -> N
 
 
 def test_unknown_licences(pack: Callable[..., Any], tmp_path: Path) -> None:
-    """Told as a warning; an error under --production, unless they were accepted with a reason."""
+    """Told as a warning; an error under production, unless they were accepted with a reason."""
     _model(tmp_path / "a", None)
     _model(tmp_path / "b", "mit")
     ran = pack("licenses", tmp_path / "a", tmp_path / "b", "--check")
     assert ran.code == 0, ran.err
     assert "not known" in ran.out
-    ran = pack("licenses", tmp_path / "a", tmp_path / "b", "--check", "--production")
+    ran = pack("licenses", tmp_path / "a", tmp_path / "b", "--check", "--profile", "production")
     assert ran.code == 1
     ran = pack("licenses", tmp_path / "a", tmp_path / "b", "--json")
     found = json.loads(ran.out)
@@ -274,5 +274,61 @@ def test_unknown_licences(pack: Callable[..., Any], tmp_path: Path) -> None:
         "merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}],
         "licenses": {"a": "apache-2.0"},
     }))  # fmt: skip
-    ran = pack("licenses", recipe, "--check", "--production")
+    ran = pack("licenses", recipe, "--check", "--profile", "production")
     assert ran.code == 0, ran.err
+
+
+def test_accepted_licences(pack: Callable[..., Any], tmp_path: Path) -> None:
+    """What somebody answers for is no hindrance, and is told in the release."""
+    _model(tmp_path / "a", "my-own")
+    _model(tmp_path / "b", "llama3")
+    recipe = tmp_path / "r.yaml"
+    document = {
+        "merge_method": "linear", "license": "apache-2.0", "name": "mine", "version": "1.0.0",
+        "models": [{"model": "a"}, {"model": "b"}],
+    }  # fmt: skip
+    recipe.write_text(json.dumps(document))
+    assert pack("build", recipe, cwd=tmp_path).code == 1
+    assert not (tmp_path / "dist").exists()
+    leave = ("--accept-license", "llama3", "--reason", "agreement of 2026-03-01")
+    ran = pack("licenses", recipe, "--check", *leave)
+    assert ran.code == 0, ran.err
+    assert "cannot be released as apache-2.0" in ran.out
+    assert "accepted: agreement of 2026-03-01" in ran.out
+    ran = pack("build", recipe, *leave, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert "the licence of a is not known" in ran.err
+    folder = tmp_path / "dist" / "mine" / "release" / "1.0.0"
+    assert "agreement of 2026-03-01" in (folder / "README.md").read_text()
+    assert "agreement of 2026-03-01" in (folder / "pack.lock").read_text()
+    ran = pack("reproduce", folder, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    recipe.write_text(json.dumps({
+        **document, "version": "1.0.1",
+        "accept_licenses": {"llama3": "agreement", "my-own": "it is mine"},
+    }))  # fmt: skip
+    ran = pack("build", recipe, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert "licence of a" not in ran.err
+    ran = pack("licenses", recipe, "--accept-license", "lama3", "--reason", "typo")
+    assert ran.code == 1
+    assert "did you mean 'llama3'" in ran.err
+    assert pack("licenses", recipe, "--accept-license", "llama3").code == 2
+
+
+def test_texts_that_parents_lack(pack: Callable[..., Any], tmp_path: Path) -> None:
+    """The standard text goes along; where nobody has it, that is said."""
+    _model(tmp_path / "a", "apache-2.0")
+    _model(tmp_path / "x", None)
+    (tmp_path / "x").rename(tmp_path / "b")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({
+        "merge_method": "linear", "license": "llama3.1", "name": "Llama-3.1-x", "version": "1.0.0",
+        "models": [{"model": "a"}, {"model": "b"}], "licenses": {"b": "llama3.1"},
+    }))  # fmt: skip
+    ran = pack("build", recipe, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    assert "the text of the licence of b must go along" in ran.err
+    assert "the text of the licence of a" not in ran.err
+    folder = tmp_path / "dist" / "Llama-3.1-x" / "release" / "1.0.0"
+    assert "Version 2.0, January 2004" in (folder / "licenses" / "a" / "LICENSE").read_text()

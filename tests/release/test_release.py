@@ -241,14 +241,14 @@ def test_versions(pack: Pack, release: Path) -> None:
 
 
 def test_what_is_missing(pack: Pack, tmp_path: Path) -> None:
-    """Warned of; an error under --production, and nothing is written."""
+    """Warned of; an error under production, and nothing is written."""
     home = _models(tmp_path / "home")
     shutil.rmtree(home / "b")
     shutil.copytree(home / "a", home / "b")
     (home / "b" / "README.md").unlink()
     recipe = _recipe(home, card={"summary": "x"})
     assert pack("merge", recipe, "-q", cwd=home).code == 0
-    ran = pack("release", "--production", cwd=home)
+    ran = pack("release", "--profile", "production", cwd=home)
     assert ran.code == 1
     assert "the licence of b is not known" in ran.err
     assert "the card lacks 'intended_use'" in ran.err
@@ -292,6 +292,16 @@ def test_a_template_of_ones_own(pack: Pack, release: Path) -> None:
     assert ran.code == 0, ran.err
     card = (release.parent / "2.0.0" / "README.md").read_text()
     assert card.endswith("mine of The authors")
+    ran = pack("reproduce", release.parent / "2.0.0", cwd=home)
+    assert ran.code == 0, ran.err
+    _recipe(home, version="2.1.0", card={**CARD, "template": "card.jinja"})
+    ran = pack("build", "r.yaml", "-q", cwd=home)
+    assert ran.code == 0, ran.err
+    assert (release.parent / "2.1.0" / "README.md").read_text().endswith("mine of The authors")
+    _recipe(home, version="2.1.1", card={**CARD, "template": "cart.jinja"})
+    ran = pack("build", "r.yaml", "-q", cwd=home)
+    assert ran.code == 1
+    assert "cart.jinja: the card's template cannot be read" in ran.err
 
 
 def _keys(folder: Path, name: str = "key") -> tuple[Path, Path]:

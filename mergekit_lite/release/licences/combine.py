@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
+from mergekit_lite.errors import PackError, nearest
 from mergekit_lite.release.licences.table import KEEP, Licence, find_licence
 
 __all__ = ["Conflict", "Obligation", "Parent", "Verdict", "combine"]
@@ -77,16 +78,21 @@ class Verdict:
         unknown: Parents whose licence is not known.
         release_as: Licences that it may be released under; empty for any that keeps the
             obligations.
+        accepted: What whoever releases answers for, with the reason, a line each.
     """
 
     obligations: tuple[Obligation, ...]
     conflicts: tuple[Conflict, ...]
     unknown: tuple[Parent, ...]
     release_as: tuple[str, ...]
+    accepted: tuple[str, ...] = ()
 
 
 def combine(
-    parents: Sequence[Parent], released_as: str | None = None, name: str | None = None
+    parents: Sequence[Parent],
+    released_as: str | None = None,
+    name: str | None = None,
+    accepted: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Judge a combination.
 
@@ -94,6 +100,11 @@ def combine(
         parents: Models, adapters and data that go in.
         released_as: The licence that the release states; None if it is still open.
         name: Of the release; None if it is still open.
+        accepted: Reasons to accept a licence all the same, by its id or its model's name: what it
+            stands against, or that it is not known, is then no hindrance, but told.
+
+    Raises:
+        PackError: Something is accepted that does not go in.
     """
     known = [parent for parent in parents if parent.licence is not None]
     unknown = tuple(parent for parent in parents if parent.licence is None)
@@ -106,7 +117,39 @@ def combine(
         conflicts += _released(known, released_as, allowed)
     if name is not None:
         conflicts += _named(known, name)
-    return Verdict(tuple(_obligations(known)), tuple(conflicts), unknown, allowed)
+    verdict = Verdict(tuple(_obligations(known)), tuple(conflicts), unknown, allowed)
+    return _accept(parents, verdict, accepted or {})
+
+
+def _accept(parents: Sequence[Parent], verdict: Verdict, accepted: Mapping[str, str]) -> Verdict:
+    """Take out what whoever releases answers for."""
+    reasons: dict[str, str] = {}
+    for key, reason in accepted.items():
+        found = find_licence(key)
+        names = [
+            p.name for p in parents
+            if key in (p.name, p.stated) or (found is not None and p.licence is found)
+        ]  # fmt: skip
+        if not names:
+            every = sorted({p.licence.id if p.licence else p.stated or p.name for p in parents})
+            raise PackError(
+                f"no parent has the licence '{key}' that is accepted{nearest(key, every)}",
+                f"Licences here: {', '.join(every)}",
+            )
+        reasons |= dict.fromkeys(names, reason)
+    told = [
+        f"{p.name}: its licence is not known; accepted: {reasons[p.name]}"
+        for p in verdict.unknown if p.name in reasons
+    ]  # fmt: skip
+    kept = []
+    for conflict in verdict.conflicts:
+        answers = [reasons[name] for name in conflict.parents if name in reasons]
+        if answers:
+            told.append(f"{conflict.sentence}; accepted: {answers[0]}")
+        else:
+            kept.append(conflict)
+    unknown = tuple(p for p in verdict.unknown if p.name not in reasons)
+    return replace(verdict, conflicts=tuple(kept), unknown=unknown, accepted=tuple(told))
 
 
 def _licence(parent: Parent) -> Licence:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from mergekit_lite.checkpoint.card import read_card
 from mergekit_lite.release.licences.combine import Parent
-from mergekit_lite.release.licences.table import find_licence, licences
+from mergekit_lite.release.licences.table import Licence, find_licence, licences
+from mergekit_lite.resources import resource_folder
 
-__all__ = ["Stated", "find_parent", "licence_files"]
+__all__ = ["Stated", "find_parent", "licence_files", "standard_text"]
 
 _LIMIT = 1 << 16
 
@@ -84,3 +85,11 @@ def licence_files(folder: Path | None) -> list[Path]:
         return []
     patterns = ("LICEN[CS]E*", "COPYING*", "licen[cs]e*")
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def standard_text(licence: Licence) -> bytes | None:
+    """The text of a licence, as its publisher has it; None if pack does not hold it."""
+    if licence.spdx is None:
+        return None
+    path = resource_folder("templates") / "licenses" / f"{licence.spdx}.txt"
+    return path.read_bytes() if path.is_file() else None

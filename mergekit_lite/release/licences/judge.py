@@ -45,18 +45,25 @@ class Judged:
             ],
             "obligations": [asdict(obligation) for obligation in self.verdict.obligations],
             "conflicts": [asdict(conflict) for conflict in self.verdict.conflicts],
+            "accepted": list(self.verdict.accepted),
             "release_as": list(self.verdict.release_as),
             "notes": list(self.notes),
         }
 
 
-def judge_recipe(path: Path, released_as: str | None = None, name: str | None = None) -> Judged:
+def judge_recipe(
+    path: Path,
+    released_as: str | None = None,
+    name: str | None = None,
+    accepted: Mapping[str, str] | None = None,
+) -> Judged:
     """Judge what a recipe makes.
 
     Args:
         path: The recipe's file.
         released_as: Licence of the release, instead of the recipe's.
         name: Of the release, instead of the recipe's, where the recipe states one.
+        accepted: Reasons to accept licences, beside the recipe's.
 
     Raises:
         PackError: The recipe is wrong, or a model is not there.
@@ -68,7 +75,7 @@ def judge_recipe(path: Path, released_as: str | None = None, name: str | None = 
     stated = name or (recipe.name if recipe.name != path.stem else None)
     return judge_models(
         list(dict.fromkeys(names)), path.parent, released_as or recipe.license, stated,
-        recipe.licenses or {},
+        recipe.licenses or {}, {**(recipe.accept_licenses or {}), **(accepted or {})},
     )  # fmt: skip
 
 
@@ -78,6 +85,7 @@ def judge_models(
     released_as: str | None = None,
     name: str | None = None,
     by_recipe: Mapping[str, str] | None = None,
+    accepted: Mapping[str, str] | None = None,
 ) -> Judged:
     """Judge what is made of models.
 
@@ -88,7 +96,7 @@ def judge_models(
     try:
         for reference in names:
             sources.append(look_at(reference, home))  # noqa: PERF401 (closed on an error)
-        return judge_sources(sources, released_as, name, by_recipe)
+        return judge_sources(sources, released_as, name, by_recipe, accepted)
     finally:
         for source in sources:
             for part in source.sources:
@@ -100,6 +108,7 @@ def judge_sources(
     released_as: str | None = None,
     name: str | None = None,
     by_recipe: Mapping[str, str] | None = None,
+    accepted: Mapping[str, str] | None = None,
 ) -> Judged:
     """Judge what is made of models that are open."""
     parents: dict[str, Parent] = {}
@@ -112,7 +121,7 @@ def judge_sources(
                 parents[part.reference] = parent
                 notes += found
     every = list(parents.values())
-    return Judged(every, combine(every, released_as, name), notes)
+    return Judged(every, combine(every, released_as, name, accepted), notes)
 
 
 def _parent(source: Source, kind: str, by_recipe: Mapping[str, str]) -> tuple[Parent, list[str]]:

@@ -1,0 +1,115 @@
+"""What pack knows of a release, for its card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from exporters.gguf.about import size_label
+from mergekit_lite.checkpoint.locate import open_checkpoint
+from mergekit_lite.release.card import front_matter
+from mergekit_lite.release.draft import Draft
+from mergekit_lite.release.gather import Made
+from mergekit_lite.release.licences.table import find_licence
+from mergekit_lite.release.manifest import Entry
+from mergekit_lite.release.papers import made_by
+
+__all__ = ["card_values"]
+
+
+def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
+    """All that a template of a card may name.
+
+    Args:
+        draft: The release.
+        weights: Its files that are no papers.
+    """
+    made, recipe, licence, sources = draft.made, draft.recipe, draft.licence, draft.sources
+    verdict, version = draft.verdict, draft.version
+    card = dict.fromkeys(
+        ("summary", "intended_use", "out_of_scope", "training_data", "evaluation", "limitations",
+         "ethics", "citation", "authors", "contact"), None
+    ) | dict(draft.card)  # fmt: skip
+    bases = [s.parent.name for s in sources if s.entry.get("revision")]
+    kinds = {artifact.kind for artifact in made.artifacts}
+    relation = "merge" if "merge" in kinds else "quantized" if kinds == {"quantize"} else "adapter"
+    ggufs = [entry.path for entry in weights if entry.path.endswith(".gguf")]
+    found = find_licence(licence) if licence else None
+    head = front_matter(
+        licence, bases, relation, card.get("languages") or [], card.get("tags") or [],
+        "peft" if relation == "adapter" else "transformers" if "merge" in kinds else "gguf",
+    )  # fmt: skip
+    return {
+        "front_matter": head,
+        "name": made.name,
+        "version": version,
+        "card": card,
+        "display": [o.what for o in verdict.obligations if o.kind == "display"],
+        "made_by": made_by(made),
+        "architecture": draft.architecture,
+        "parameters": _parameters(made),
+        "base": recipe.get("base_model") or "",
+        "licence": found.title if found else licence or "",
+        "licence_url": found.url if found else "",
+        "parents": [
+            {"name": s.parent.name, "revision": s.entry.get("revision"), "digest": s.digest,
+             "licence": s.parent.licence.id if s.parent.licence else s.parent.stated}
+            for s in sources
+        ],
+        "recipe": yaml.safe_dump(_without_card(recipe), sort_keys=True) if recipe else "",
+        "quantized": list(_quantized(made)),
+        "files": [{"path": e.path, "size": _size(e.size)} for e in weights if e.size > 1 << 16],
+        "in_transformers": made.main.kind == "merge",
+        "ggufs": ggufs,
+        "accepted": list(verdict.accepted),
+        "obligations": [
+            o.what for o in verdict.obligations if o.kind not in ("display", "prefix", "not_first")
+        ],
+    }  # fmt: skip
+
+
+def _parameters(made: Made) -> str:
+    """How many weights the model has, from headers; nothing where it is no whole model."""
+    if made.main.kind != "merge":
+        return ""
+    checkpoint = open_checkpoint(str(made.main.folder), Path()).checkpoint
+    try:
+        return size_label(sum(checkpoint.spec(name).elements for name in checkpoint.names()))
+    finally:
+        checkpoint.close()
+
+
+def _without_card(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key != "card"}
+
+
+def _quantized(made: Made) -> Iterator[dict[str, str]]:
+    for artifact in made.artifacts:
+        if artifact.kind != "quantize":
+            continue
+        types = artifact.lock.get("types") or {}
+        counts: dict[str, int] = {}
+        for kind in types.values():
+            counts[kind] = counts.get(kind, 0) + 1
+        checked = artifact.lock.get("verification") or {}
+        measured = "not measured"
+        if checked.get("divergence") is not None:
+            measured = (
+                f"KL divergence {checked['divergence']:.2e}, the same top token at "
+                f"{checked['top_token_agreement']:.1%} of {checked['positions']} positions"
+            )
+        elif checked.get("largest_relative_error") is not None:
+            measured = f"largest error of a tensor {checked['largest_relative_error']:.2%}"
+        yield {
+            "path": made.place(artifact, artifact.files[0].path),
+            "types": ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())),
+            "bits": str(artifact.lock.get("bits_per_weight", "-")),
+            "measured": measured,
+        }
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
