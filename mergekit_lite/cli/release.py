@@ -43,17 +43,25 @@ __all__ = ["command"]
 @ACCEPT
 @REASON
 @click.option(
-    "--sign", "key", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="KEY",
-    help="Sign it with a private key of an elliptic curve (PEM).",
+    "--sign", "key", metavar="KEY",
+    help="Sign it with a private key of an elliptic curve (PEM), or without one: sigstore.",
 )  # fmt: skip
-@click.option("--archive", is_flag=True, help="Write it as one .tar beside its folder, too.")
+@click.option(
+    "--archive", is_flag=False, flag_value="tar", type=click.Choice(["tar", "tar.zst"]),
+    help="Write it as one file beside its folder, too.",
+)  # fmt: skip
+@click.option("--oci", is_flag=True, help="Write it as an OCI image layout beside it, too.")
+@click.option(
+    "--push-oci", "registry", metavar="REGISTRY/NAME",
+    help="Push it to an OCI registry (CNCF ModelPack); the version is the tag.",
+)  # fmt: skip
 @click.option(
     "--push-hub", "repo", is_flag=False, flag_value="", default=None, metavar="[ORG/NAME]",
     help="Push it to the Hub: one commit, then a tag.  [default: hub: of the recipe]",
 )  # fmt: skip
 @click.option("--private", is_flag=True, help="With --push-hub: a new repository is private.")
 @click.option("--pull-request", is_flag=True, help="With --push-hub: open a pull request.")
-@click.option("--dry-run", is_flag=True, help="With --push-hub: show what would be sent.")
+@click.option("--dry-run", is_flag=True, help="Show what a push would send.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary for programs.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def command(
@@ -64,8 +72,10 @@ def command(
     profile: str | None,
     accept: tuple[str, ...],
     reasons: tuple[str, ...],
-    key: Path | None,
-    archive: bool,
+    key: str | None,
+    archive: str | None,
+    oci: bool,
+    registry: str | None,
     repo: str | None,
     private: bool,
     pull_request: bool,
@@ -82,23 +92,32 @@ def command(
 
     Without NAME: what was made last. Licences that conflict stop it; see `pack licenses`.
     """
+    from mergekit_lite.errors import PackError
     from mergekit_lite.release.archive import pack_archive
     from mergekit_lite.release.bundle import make_release
     from mergekit_lite.release.draft import Asked
     from mergekit_lite.release.gather import gather, last_name
+    from mergekit_lite.release.oci import write_layout
     from mergekit_lite.release.push import describe
-    from mergekit_lite.release.sign import sign_release
+    from mergekit_lite.release.sign import KEYLESS, sign_release
 
     if version and bump:
         raise click.UsageError("give --version or --bump, not both")
     dist = Path("dist")
     made = gather(dist, name or last_name(dist))
+    if dry_run and repo is None and registry is None:
+        raise click.UsageError("--dry-run goes with --push-hub or --push-oci")
+    if key not in (None, KEYLESS) and not Path(str(key)).is_file():
+        raise PackError(
+            f"{key}: there is no such key", "Give the file of a private key, or sigstore"
+        )
     target = _target(repo, made.recipe, private, pull_request, dry_run)
     text = template.read_text("utf-8") if template is not None else None
     chosen = version or (_bumped(made, dist, bump) if bump else made.recipe.get("version"))
     folder = dist / made.name / "release" / str(chosen)
+    more = target is not None or any((key, archive, oci, registry))
     released = None
-    if not (folder / MANIFEST).is_file() or (target is None and key is None and not archive):
+    if not (folder / MANIFEST).is_file() or not more:
         asked = Asked(chosen, text, profile, accepted_licences(accept, reasons))
         released = make_release(made, dist, Path(), asked)
         folder = released.folder
@@ -107,12 +126,16 @@ def command(
         for note in released.notes if not quiet else ():
             click.echo(plain(f"note: {note}"), err=True)
     if key is not None:
-        sign_release(folder, key)
-    if archive:
-        pack_archive(folder, folder.with_name(f"{made.name}-{chosen}.tar"))
-    pushed = None if target is None else _push(folder, target, quiet or as_json)
+        sign_release(folder, None if key == KEYLESS else Path(key))
+    if archive is not None:
+        pack_archive(folder, folder.with_name(f"{made.name}-{chosen}.{archive}"))
+    if oci:
+        write_layout(folder, folder.with_name(f"{made.name}-{chosen}.oci"))
+    pushed = [] if target is None else [_push(folder, target, quiet or as_json)]
+    pushed += [] if registry is None else [_push_oci(folder, registry, dry_run, quiet or as_json)]
     if as_json:
-        click.echo(json.dumps({**_describe(folder, released), **describe(pushed)}))
+        more_data = {"pushed": [describe(one) for one in pushed]} if pushed else {}
+        click.echo(json.dumps({**_describe(folder, released), **more_data}))
     elif not quiet:
         _show(folder, released, pushed)
 
@@ -133,8 +156,8 @@ def _target(
     from mergekit_lite.release.push import Target
 
     if repo is None:
-        if private or pull_request or dry_run:
-            raise click.UsageError("--private, --pull-request and --dry-run go with --push-hub")
+        if private or pull_request:
+            raise click.UsageError("--private and --pull-request go with --push-hub")
         return None
     chosen = repo or recipe.get("hub")
     if not chosen:
@@ -155,6 +178,17 @@ def _push(folder: Path, target: Target, quiet: bool) -> Pushed:
         return push_release(folder, target, default_threads(), progress.advance)
 
 
+def _push_oci(folder: Path, registry: str, dry_run: bool, quiet: bool) -> Pushed:
+    from mergekit_lite.cli.progress import make_progress
+    from mergekit_lite.merge.run import default_threads
+    from mergekit_lite.release.push_oci import push_image
+
+    total = sum(entry.size for entry in read_manifest(folder / MANIFEST)[1].values())
+    with make_progress(quiet) as progress:
+        progress.begin("Check", total)
+        return push_image(folder, registry, default_threads(), progress.advance, dry_run)
+
+
 def _describe(folder: Path, released: Release | None) -> dict[str, Any]:
     document, entries, digest = read_manifest(folder / MANIFEST)
     return {
@@ -169,16 +203,16 @@ def _describe(folder: Path, released: Release | None) -> dict[str, Any]:
     }
 
 
-def _show(folder: Path, released: Release | None, pushed: Pushed | None) -> None:
+def _show(folder: Path, released: Release | None, pushed: list[Pushed]) -> None:
     found = _describe(folder, released)
     if released is not None:
         click.echo(
             f"{found['name']} {found['version']}: {found['files']} files, "
             f"{human_bytes(found['bytes'])}, sha256:{found['digest']} → {folder}"
         )
-    if pushed is not None:
-        for path in pushed.removed:
+    for one in pushed:
+        for path in one.removed:
             click.echo(plain(f"removed there: {path}"))
-        sent = f", {len(pushed.added)} files, {human_bytes(found['bytes'])}" if pushed.added else ""
-        where = f" → {pushed.url}" if pushed.url else ""
-        click.echo(plain(f"{pushed.repo} {pushed.tag}{sent}: {pushed.done}{where}"))
+        sent = f", {len(one.added)} files, {human_bytes(found['bytes'])}" if one.added else ""
+        where = f" → {one.url}" if one.url else ""
+        click.echo(plain(f"{one.repo} {one.tag}{sent}: {one.done}{where}"))

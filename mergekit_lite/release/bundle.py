@@ -27,7 +27,7 @@ from mergekit_lite.release.papers import licence_texts, make_notice
 from mergekit_lite.release.provenance import make_provenance
 from mergekit_lite.release.sbom import make_sbom
 from mergekit_lite.release.version import check_version, propose
-from mergekit_lite.release.writer import ReleaseWriter
+from mergekit_lite.release.writer import ReleaseWriter, new_folder
 
 __all__ = ["Release", "make_release"]
 
@@ -80,17 +80,15 @@ def make_release(made: Made, dist: Path, home: Path, asked: Asked) -> Release:
         )
     refuse_existing(folder, force=False)
     draft = draft_release(made, home, version, asked)
-    writer = ReleaseWriter(folder)
-    try:
+    with new_folder(folder) as partial:
+        writer = ReleaseWriter(partial, folder)
         for artifact in made.artifacts:
             for entry in artifact.files:
                 path = made.place(artifact, entry.path)
                 writer.link(artifact.folder / entry.path, Entry(path, entry.size, entry.sha256))
         _papers(draft, writer)
         manifest = make_manifest(made.name, version, writer.entries)
-        writer.publish(manifest)
-    finally:
-        writer.drop()
+        writer.seal(manifest)
     digest = hashlib.sha256(manifest).hexdigest()
     return Release(folder, made.name, version, digest, writer.entries, draft.notes, draft.warnings)
 

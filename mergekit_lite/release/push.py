@@ -19,9 +19,9 @@ from mergekit_lite.errors import PackError
 from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
 from mergekit_lite.release.profiles import PROFILES
 from mergekit_lite.release.secrets import find_secrets
-from mergekit_lite.release.verify import verify_release
+from mergekit_lite.release.verify import Checked, verify_release
 
-__all__ = ["Pushed", "Target", "describe", "push_release"]
+__all__ = ["Pushed", "Target", "check_before_leaving", "describe", "push_release"]
 
 _KEPT = frozenset({".gitattributes"})
 
@@ -81,6 +81,29 @@ def push_release(
         PackError: It does not hold, holds a secret, the version is there with other content, or the
             Hub refused; then the repository is as it was.
     """
+    found = check_before_leaving(folder, threads, progress)
+    _, entries, digest = read_manifest(folder / MANIFEST)
+    signed = (SIGNATURE,) if (folder / SIGNATURE).is_file() else ()
+    paths = (*sorted(entries), MANIFEST, *signed)
+    tag = f"v{found.version}"
+    if target.dry_run:
+        return Pushed(target.repo, tag, None, "", paths, (), "nothing was sent (--dry-run)")
+    try:
+        return _Hub(target).push(folder, paths, tag, digest, f"{found.name} {found.version}")
+    except PackError:
+        raise
+    except Exception as error:  # whatever the client raises
+        raise _explained(error, target) from None
+
+
+def check_before_leaving(
+    folder: Path, threads: int, progress: Callable[[int], None] = lambda _: None
+) -> Checked:
+    """Check a release before it goes anywhere.
+
+    Raises:
+        PackError: It does not hold, holds a secret, or is for production and not signed.
+    """
     found = verify_release(folder, threads, progress)
     if found.problems:
         listed = "".join(f"\n  {problem}" for problem in found.problems)
@@ -94,22 +117,11 @@ def push_release(
             f"{folder}: holds what must not leave:{listed}",
             "Remove it from the recipe, the card or the models' files, and release again.",
         )
-    _, entries, digest = read_manifest(folder / MANIFEST)
-    signed = (SIGNATURE,) if (folder / SIGNATURE).is_file() else ()
-    if not signed and _wants_signature(folder):
+    if not (folder / SIGNATURE).is_file() and _wants_signature(folder):
         raise PackError(
             f"{folder}: is for production, and not signed", "Sign it: pack release --sign KEY"
         )
-    paths = (*sorted(entries), MANIFEST, *signed)
-    tag = f"v{found.version}"
-    if target.dry_run:
-        return Pushed(target.repo, tag, None, "", paths, (), "nothing was sent (--dry-run)")
-    try:
-        return _Hub(target).push(folder, paths, tag, digest, f"{found.name} {found.version}")
-    except PackError:
-        raise
-    except Exception as error:  # whatever the client raises
-        raise _explained(error, target) from None
+    return found
 
 
 def _wants_signature(folder: Path) -> bool:
@@ -202,10 +214,8 @@ def _explained(error: Exception, target: Target) -> PackError:
     )
 
 
-def describe(pushed: Pushed | None) -> dict[str, Any]:
-    """As data for JSON; empty where nothing was pushed."""
-    if pushed is None:
-        return {}
+def describe(pushed: Pushed) -> dict[str, Any]:
+    """As data for JSON."""
     return {
         "repo": pushed.repo,
         "tag": pushed.tag,

@@ -1,26 +1,49 @@
-"""model.sig: the signature of a release, by OpenSSF model-signing with an elliptic key.
+"""model.sig: the signature of a release, by OpenSSF model-signing.
 
 The library hashes every file itself; its signature differs between runs, so it is made last and
-lies outside the manifest. Only key mode is used here: it needs no network.
+lies outside the manifest. A key of an elliptic curve needs no network; without a key, Sigstore
+binds the signature to whoever is logged in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergekit_lite.errors import PackError
 from mergekit_lite.release.manifest import SIGNATURE
+from mergekit_lite.release.place import Place
 
-__all__ = ["check_signature", "sign_release"]
+__all__ = ["KEYLESS", "Signer", "check_signature", "sign_release"]
+
+KEYLESS = "sigstore"
+"""In the place of a key: sign without one."""
 
 
-def sign_release(folder: Path, key: Path) -> None:
+@dataclass(frozen=True)
+class Signer:
+    """Whose signature is expected.
+
+    Attributes:
+        key: Public key, PEM; None for a signature of Sigstore.
+        identity: Who signed by Sigstore, for example an address.
+        issuer: Who vouched for that, for example ``https://accounts.google.com``.
+    """
+
+    key: Path | None = None
+    identity: str = ""
+    issuer: str = ""
+
+
+def sign_release(folder: Path, key: Path | None) -> None:
     """Sign a release; an older signature is replaced when the new one is whole.
 
     Args:
         folder: Of the release.
-        key: Private key, PEM, of an elliptic curve.
+        key: Private key, PEM, of an elliptic curve; None to sign by Sigstore, which asks who you
+            are in the browser or takes what a CI system says.
 
     Raises:
         PackError: The library is not installed, or the key cannot be used.
@@ -28,25 +51,31 @@ def sign_release(folder: Path, key: Path) -> None:
     signing, _, hashing = _library()
     beside = folder.parent / f".{folder.name}.sig"
     try:
-        config = signing.Config().use_elliptic_key_signer(private_key=str(key))
+        config = signing.Config()
+        if key is None:
+            config = config.use_sigstore_signer(use_ambient_credentials=True)
+        else:
+            config = config.use_elliptic_key_signer(private_key=str(key))
         config.set_hashing_config(_hashing(hashing, folder)).sign(str(folder), str(beside))
         beside.rename(folder / SIGNATURE)
-    except Exception as error:  # whatever the library raises for a key or a folder
+    except Exception as error:  # whatever the library raises for a key, a folder or a network
         raise PackError(
-            f"{folder}: cannot be signed with {key} ({_said(error)})",
+            f"{folder}: cannot be signed with {key or KEYLESS} ({_said(error)})",
+            "Signing without a key needs the network; give a key instead: --sign KEY"
+            if key is None else
             "Give a private key of an elliptic curve: openssl ecparam -name prime256v1 -genkey "
             "-noout -out key.pem",
-        ) from None
+        ) from None  # fmt: skip
     finally:
         beside.unlink(missing_ok=True)
 
 
-def check_signature(folder: Path, key: Path) -> str | None:
+def check_signature(place: Place, signer: Signer) -> str | None:
     """Check the signature of a release.
 
     Args:
-        folder: Of the release.
-        key: Public key, PEM.
+        place: The release.
+        signer: Whose it must be.
 
     Returns:
         What does not hold; None if all does.
@@ -54,23 +83,28 @@ def check_signature(folder: Path, key: Path) -> str | None:
     Raises:
         PackError: The library is not installed.
     """
+    folder = place.folder
     if not (folder / SIGNATURE).is_file():
         return f"{SIGNATURE}: is missing; the release is not signed"
     _, verifying, hashing = _library()
     try:
-        config = verifying.Config().use_elliptic_key_verifier(public_key=str(key))
-        config.set_hashing_config(_hashing(hashing, folder)).verify(
-            str(folder), str(folder / SIGNATURE)
-        )
+        if signer.key is None:
+            config = verifying.Config().use_sigstore_verifier(
+                identity=signer.identity, oidc_issuer=signer.issuer
+            )
+        else:
+            config = verifying.Config().use_elliptic_key_verifier(public_key=str(signer.key))
+        hashed = _hashing(hashing, folder, place.ignored, place.links_into is not None)
+        config.set_hashing_config(hashed).verify(str(folder), str(folder / SIGNATURE))
     except Exception as error:  # a signature of other files, by another key, or none at all
         return f"{SIGNATURE}: does not hold ({_said(error)})"
     return None
 
 
-def _hashing(hashing: Any, folder: Path) -> Any:
-    return hashing.Config().set_ignored_paths(
-        paths=[str(folder / SIGNATURE)], ignore_git_paths=False
-    )
+def _hashing(hashing: Any, folder: Path, also: Iterable[str] = (), links: bool = False) -> Any:
+    ignored = [str(folder / name) for name in (SIGNATURE, *also)]
+    config = hashing.Config().set_ignored_paths(paths=ignored, ignore_git_paths=False)
+    return config.set_allow_symlinks(links)
 
 
 def _said(error: Exception) -> str:

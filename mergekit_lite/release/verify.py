@@ -41,7 +41,11 @@ class Checked:
 
 
 def verify_release(
-    folder: Path, threads: int, progress: Callable[[int], None] = lambda _: None
+    folder: Path,
+    threads: int,
+    progress: Callable[[int], None] = lambda _: None,
+    links_into: Path | None = None,
+    ignored: frozenset[str] = frozenset(),
 ) -> Checked:
     """Check a release.
 
@@ -49,12 +53,14 @@ def verify_release(
         folder: Where it lies.
         threads: How many files are hashed side by side.
         progress: Told the bytes that were hashed.
+        links_into: Folder that files may be links into (a cache); None where none may be a link.
+        ignored: Files that may be there beside those of the manifest.
 
     Raises:
         FileFormatError: It has no manifest, or a hostile one.
     """
     document, entries, digest = read_manifest(folder / MANIFEST)
-    problems = list(_files(folder, entries, threads, progress))
+    problems = list(_files(folder, entries, threads, progress, links_into, ignored))
     lock = _json(folder / LOCK_NAME)
     problems += _against_lock(lock, entries)
     problems += _against_bill(_json(folder / "sbom.cdx.json"), document, entries)
@@ -67,13 +73,21 @@ def verify_release(
 
 
 def _files(
-    folder: Path, entries: Mapping[str, Entry], threads: int, progress: Callable[[int], None]
+    folder: Path,
+    entries: Mapping[str, Entry],
+    threads: int,
+    progress: Callable[[int], None],
+    links_into: Path | None,
+    ignored: frozenset[str],
 ) -> Iterator[str]:
     """Missing, changed and extra files."""
 
     def check(entry: Entry) -> str | None:
         path = folder / entry.path
-        if path.is_symlink() or not path.is_file():
+        linked = path.is_symlink() and not (
+            links_into and path.resolve().is_relative_to(links_into.resolve())
+        )
+        if linked or not path.is_file():
             return f"{entry.path}: is missing"
         size = path.stat().st_size
         if size != entry.size:
@@ -87,7 +101,7 @@ def _files(
         found = dict(zip((e.path for e in largest_first), pool.map(check, largest_first),
                          strict=True))  # fmt: skip
     yield from (problem for path in sorted(found) if (problem := found[path]))
-    known = {*entries, MANIFEST, SIGNATURE}
+    known = {*entries, MANIFEST, SIGNATURE, *ignored}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_dir() and name not in known:

@@ -86,6 +86,15 @@ def test_as_spelled(hub: HubServer, run: Run, home: Path, tmp_path: Path) -> Non
     shutil.rmtree(fetched / ".cache", ignore_errors=True)
     assert digests(fetched) == digests(release)
     assert run("verify", fetched).code == 0
+    for word in (REPO, f"{REPO}@v1.2.0"):
+        ran = run("verify", word)
+        assert ran.code == 0, ran.err
+        assert "all as they were released" in ran.out
+    ran = run("reproduce", f"{REPO}@v1.2.0")
+    assert ran.code == 0, ran.err
+    ran = run("verify", f"{REPO}@v9")
+    assert ran.code == 1
+    assert "cannot be fetched from the Hub" in ran.err
 
 
 def test_again(hub: HubServer, run: Run) -> None:
@@ -115,7 +124,7 @@ def test_the_next_version(hub: HubServer, run: Run) -> None:
     assert "model.safetensors" in _there(hub)
     ran = run("release", "--version", "1.3.0", "--push-hub", REPO, "--json")
     assert ran.code == 0, ran.err
-    assert json.loads(ran.out)["tag"] == "v1.3.0"
+    assert json.loads(ran.out)["pushed"][0]["tag"] == "v1.3.0"
     assert {"v1.2.0", "v1.3.0"} <= set(hub.repositories[REPO].refs)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+import zstandard
 
 from mergekit_lite.errors import FileFormatError, PackError
 from mergekit_lite.release.card import render_card
@@ -171,6 +172,10 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: (f / "model.safetensors").write_bytes(b"x"), "model.safetensors: has 1 bytes"),
     "two files swapped": (
         lambda f: _swap(f / "LICENSE", f / "NOTICE"), "LICENSE: has"),
+    "two tensors' files swapped, of one size": (
+        lambda f: ((f / "twin").write_bytes((f / "config.json").read_bytes()[::-1]),
+                   _swap(f / "config.json", f / "twin"), (f / "twin").unlink()),
+        "config.json: its content was changed"),
     "the card": (
         lambda f: _edit(f / "README.md", "Random weights", "Perfect weight"),
         "README.md: its content was changed"),
@@ -354,31 +359,34 @@ def test_signatures(pack: Pack, release: Path, tmp_path: Path) -> None:
     assert public.read_text() not in ran.err
 
 
-def test_an_archive(pack: Pack, release: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tar", "tar.zst"])
+def test_an_archive(pack: Pack, release: Path, kind: str) -> None:
     """One file, the same bytes each time; verified as it is; hostile ones are refused."""
     home = release.parents[3]
-    assert pack("release", "--archive", "-q", cwd=home).code == 0
-    path = release.parent / "mine-1.2.0.tar"
+    assert pack("release", "--archive", kind, "-q", cwd=home).code == 0
+    path = release.parent / f"mine-1.2.0.{kind}"
     first = path.read_bytes()
     for file in release.rglob("*"):
         os.utime(file, (1, 1))
-    ran = pack("release", "--archive", cwd=home)
+    ran = pack("release", "--archive", kind, cwd=home)
     assert ran.code == 1
     assert "already exists" in ran.err
     path.unlink()
-    assert pack("release", "--archive", "-q", cwd=home).code == 0
+    assert pack("release", "--archive", kind, "-q", cwd=home).code == 0
     assert path.read_bytes() == first
     ran = pack("verify", path)
     assert ran.code == 0, ran.err
     assert "all as they were released" in ran.out
-    raw = bytearray(first)
+    raw = bytearray(
+        first if kind == "tar" else zstandard.ZstdDecompressor().decompress(first, 1 << 24)
+    )
     at = raw.index(b"Random weights")
     raw[at] ^= 1
-    path.write_bytes(raw)
+    path.write_bytes(raw if kind == "tar" else zstandard.ZstdCompressor().compress(raw))
     ran = pack("verify", path)
     assert ran.code == 1
     assert "its content was changed" in ran.err
-    for content in (b"", b"x" * 2000, first[:5000]):
+    for content in (b"", b"x" * 2000, first[:5000], first[: len(first) // 2], b"\x28\xb5\x2f\xfd"):
         path.write_bytes(content)
         assert pack("verify", path).code == 1
     with tarfile.open(path, "w") as archive:
