@@ -10,16 +10,18 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 
 from mergekit_lite.checkpoint.pytorch import pytorch_files
 from mergekit_lite.checkpoint.safetensors import INDEX_NAME, load_json
 from mergekit_lite.errors import PackError
 
-__all__ = ["HubReference", "explained", "listing", "parse_reference", "snapshot"]
+__all__ = ["HubReference", "explained", "listing", "parse_reference", "pinned", "snapshot"]
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>(?!.*\.\.)[\w./-]+))?")
 _SMALL = (
@@ -52,6 +54,23 @@ def parse_reference(text: str) -> HubReference | None:
     return HubReference(match["repo"], match["revision"]) if match else None
 
 
+_PINNED: ContextVar[Mapping[str, str]] = ContextVar("pinned", default=MappingProxyType({}))
+
+
+@contextmanager
+def pinned(commits: Mapping[str, str]) -> Iterator[None]:
+    """Take models at these commits, whatever their main branch holds by now.
+
+    Args:
+        commits: By reference, as a user wrote it.
+    """
+    token = _PINNED.set(commits)
+    try:
+        yield
+    finally:
+        _PINNED.reset(token)
+
+
 def snapshot(reference: HubReference) -> tuple[Path, str]:
     """Fetch a model into the Hub's cache, unless it is there.
 
@@ -65,8 +84,9 @@ def snapshot(reference: HubReference) -> tuple[Path, str]:
     Raises:
         PackError: There is no such model, no permission, or no network.
     """
+    commit = _PINNED.get().get(str(reference))
     with explained(reference):
-        folder = _fetch(reference)
+        folder = _fetch(HubReference(reference.repo, commit) if commit else reference)
     return folder, folder.name
 
 

@@ -11,6 +11,7 @@ import click
 from mergekit_lite.cli.options import human_bytes
 
 if TYPE_CHECKING:
+    from mergekit_lite.recipe import Recipe
     from mergekit_lite.release.adapters import NamedAdapter
 
 __all__ = ["command"]
@@ -44,15 +45,20 @@ def command(
     The bundle holds each adapter as PEFT saves it and as GGUF for llama.cpp, and scripts that
     start vLLM and llama.cpp with all of them.
     """  # noqa: D301 (click reads the character)
+    from mergekit_lite.merge.lock import stated_recipe
     from mergekit_lite.release.adapters import bundle_adapters, describe
 
+    stated = None
     if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
-        base, adapters, home, name = _of_recipe(Path(words[0]))
+        base, adapters, home, recipe = _of_recipe(Path(words[0]))
+        name, stated = str(recipe.name), stated_recipe(recipe)
     else:
         base, adapters = _of_words(words)
         home, name = Path(), re.sub(r"[^A-Za-z0-9._-]+", "-", Path(base).name).strip("-._")
     folder = output or Path("dist") / (name or "base") / "adapters"
-    result = bundle_adapters(base, adapters, home, folder, gguf=not no_gguf, force=force)
+    result = bundle_adapters(
+        base, adapters, home, folder, gguf=not no_gguf, force=force, recipe=stated
+    )
     if as_json:
         click.echo(describe(result))
         return
@@ -75,7 +81,7 @@ def command(
 def _of_words(words: tuple[str, ...]) -> tuple[str, list[NamedAdapter]]:
     """Base and adapters of a command line."""
     from mergekit_lite.recipe.reference import parse_reference
-    from mergekit_lite.release.adapters import NamedAdapter
+    from mergekit_lite.release.adapters import NamedAdapter, adapter_name
 
     joined = ["+" in word and not Path(word).exists() for word in words]
     if not any(joined):
@@ -91,37 +97,27 @@ def _of_words(words: tuple[str, ...]) -> tuple[str, list[NamedAdapter]]:
     if any(adapter.weight != 1.0 for adapter in every):
         raise click.UsageError("adapters beside a base have no weights; scale them at run time")
     return references[0].base, [
-        NamedAdapter(_name_of(adapter.name), adapter.name, adapter.any_base) for adapter in every
+        NamedAdapter(adapter_name(adapter.name), adapter.name, adapter.any_base)
+        for adapter in every
     ]
 
 
 def _named(word: str) -> NamedAdapter:
-    from mergekit_lite.release.adapters import NamedAdapter
+    from mergekit_lite.release.adapters import NamedAdapter, adapter_name
 
     name, equals, reference = word.partition("=")
     if not equals or Path(word).exists():
         name, reference = "", word
     any_base = reference.startswith("!")
     reference = reference.removeprefix("!")
-    return NamedAdapter(name or _name_of(reference), reference, any_base)
+    return NamedAdapter(name or adapter_name(reference), reference, any_base)
 
 
-def _name_of(reference: str) -> str:
-    return Path(reference.partition("@")[0]).resolve().name
-
-
-def _of_recipe(path: Path) -> tuple[str, list[NamedAdapter], Path, str]:
+def _of_recipe(path: Path) -> tuple[str, list[NamedAdapter], Path, Recipe]:
     """Base and adapters of a recipe."""
-    from mergekit_lite.errors import PackError
     from mergekit_lite.methods import ALIASES, METHODS
     from mergekit_lite.recipe import read_recipe
-    from mergekit_lite.release.adapters import NamedAdapter
+    from mergekit_lite.release.adapters import adapters_of
 
     recipe = read_recipe(path, METHODS, ALIASES)
-    if recipe.output != "adapters" or recipe.base_model is None or recipe.models is None:
-        raise PackError(
-            f"{path}: not a recipe for a bundle of adapters",
-            "It needs 'output: adapters', 'base_model', and the adapters under 'models'.",
-        )
-    adapters = [NamedAdapter(_name_of(e.model), e.model) for e in recipe.models]
-    return recipe.base_model, adapters, path.parent, str(recipe.name)
+    return *adapters_of(recipe), path.parent, recipe

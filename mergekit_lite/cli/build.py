@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mergekit_lite.cli.options import ACCEPT, PROFILE, REASON, SIZE, accepted_licences
 from mergekit_lite.text import plain
+
+if TYPE_CHECKING:
+    from mergekit_lite.release.push import Target
 
 __all__ = ["command"]
 
@@ -18,6 +22,14 @@ __all__ = ["command"]
 @PROFILE
 @ACCEPT
 @REASON
+@click.option(
+    "--sign", "key", metavar="KEY",
+    help="Sign the release with a private key (PEM), or without one: sigstore.",
+)  # fmt: skip
+@click.option(
+    "--push-hub", "repo", is_flag=False, flag_value="", default=None, metavar="[ORG/NAME]",
+    help="Push the release to the Hub.  [default: hub: of the recipe]",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace results that pack made with other inputs.")
 @click.option("--memory", type=SIZE, default="512MB", show_default=True, help="Memory for weights.")
 @click.option(
@@ -31,6 +43,8 @@ def command(
     profile: str | None,
     accept: tuple[str, ...],
     reasons: tuple[str, ...],
+    key: str | None,
+    repo: str | None,
     force: bool,
     memory: int,
     threads: int | None,
@@ -38,23 +52,25 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Do all that RECIPE asks for: check licences, merge, quantize, release.
+    """Do all that RECIPE asks for: check licences, merge, quantize, compare, release, sign, push.
 
-    `quantize:` lists what it is quantized to; a `version:` makes it a release. A step whose inputs
-    have not changed is kept; one that was stopped is continued.
+    `quantize:` lists what it is quantized to; a `version:` makes it a release. Of adapters, with
+    `output: adapter` or `output: adapters`, one adapter is made, or a bundle of them. A step whose
+    inputs have not changed is kept; one that was stopped is continued.
     """
     from mergekit_lite.checkpoint.known import KNOWN
     from mergekit_lite.cli.progress import make_progress
     from mergekit_lite.merge.run import Options, check_memory, default_threads
-    from mergekit_lite.release.build import build
+    from mergekit_lite.release.build import Afterwards, build
     from mergekit_lite.release.draft import Asked
 
     asked = Asked(profile=profile, accepted=accepted_licences(accept, reasons))
+    afterwards = Afterwards(key, None if repo is None else _target(recipe, repo))
     KNOWN.enabled = not rehash
     check_memory(memory)
     options = Options(threads or default_threads(), memory, force=force)
     with make_progress(quiet or as_json) as progress:
-        built = build(recipe, Path("dist"), options, progress, asked)
+        built = build(recipe, Path("dist"), options, progress, asked, afterwards)
     if as_json:
         steps = [
             {"name": s.name, "done": s.done, "seconds": round(s.seconds, 3),
@@ -75,3 +91,14 @@ def command(
         click.echo("nothing was to be done: no input has changed")
     if built.digest is not None:
         click.echo(f"sha256:{built.digest}")
+
+
+def _target(recipe: Path, repo: str) -> Target:
+    from mergekit_lite.methods import ALIASES, METHODS
+    from mergekit_lite.recipe import read_recipe
+    from mergekit_lite.release.push import Target, check_repo
+
+    chosen = repo or read_recipe(recipe, METHODS, ALIASES).hub
+    if not chosen:
+        raise click.UsageError("say where: --push-hub ORG/NAME, or hub: ORG/NAME in the recipe")
+    return Target(check_repo(chosen))

@@ -61,8 +61,8 @@ def accepted_licences(accept: tuple[str, ...], reasons: tuple[str, ...]) -> dict
     """
     if len(accept) != len(reasons) or any(len(reason.strip()) < 3 for reason in reasons):
         raise click.UsageError(
-            "every --accept-license needs its --reason, for example: --accept-license llama3.1 "
-            "--reason 'agreement with Meta of 2026-03-01'"
+            "every --accept-license needs its --reason, for example: --accept-license cc-by-nc-4.0 "
+            "--reason 'agreement with its author of 2026-03-01'"
         )
     return dict(zip(accept, reasons, strict=True))
 

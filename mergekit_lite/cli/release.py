@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +152,7 @@ def _bumped(made: Made, dist: Path, bump: str) -> str:
 def _target(
     repo: str | None, recipe: Mapping[str, Any], private: bool, pull_request: bool, dry_run: bool
 ) -> Target | None:
-    from mergekit_lite.release.push import Target
+    from mergekit_lite.release.push import Target, check_repo
 
     if repo is None:
         if private or pull_request:
@@ -162,9 +161,7 @@ def _target(
     chosen = repo or recipe.get("hub")
     if not chosen:
         raise click.UsageError("say where: --push-hub ORG/NAME, or hub: ORG/NAME in the recipe")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", chosen):
-        raise click.UsageError(f"'{chosen}' is no repository of the Hub: write ORG/NAME")
-    return Target(chosen, private, pull_request, dry_run)
+    return Target(check_repo(chosen), private, pull_request, dry_run)
 
 
 def _push(folder: Path, target: Target, quiet: bool) -> Pushed:

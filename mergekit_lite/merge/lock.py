@@ -6,6 +6,7 @@ absolute paths. It is canonical JSON, so equal locks are equal files.
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,11 @@ from mergekit_lite.merge.config import COMES_ALONG, to_json
 from mergekit_lite.merge.inputs import Inputs
 from mergekit_lite.merge.plan import Plan
 from mergekit_lite.merge.writer import OutputFile
+from mergekit_lite.methods import METHODS
 from mergekit_lite.recipe import Recipe
 from mergekit_lite.tokenizer.vocabulary import TOKENIZER_FILES
 
-__all__ = ["LOCK_NAME", "lock_file", "lock_inputs", "make_lock", "resolved_recipe"]
+__all__ = ["LOCK_NAME", "lock_file", "lock_inputs", "make_lock", "resolved_recipe", "stated_recipe"]
 
 LOCK_NAME = "pack.lock"
 _VERSION = 1
@@ -149,11 +151,19 @@ def _hashed(folder: Path, path: Path) -> InputFile:
 def resolved_recipe(recipe: Recipe, symmetric: bool) -> dict[str, Any]:
     """The recipe as data, defaults left out; models sorted where their order means nothing."""
     data = recipe.model_dump(exclude_none=True)
-    if data["output"] == "model":
-        del data["output"]
+    for key, usual in (("output", "model"), ("compare", True)):
+        if data[key] == usual:
+            del data[key]
     if symmetric:
         order = lambda entry: (entry["model"], repr(entry))  # noqa: E731
         data.get("models", []).sort(key=order)
         for part in data.get("slices", []):
             part["sources"].sort(key=order)
     return data
+
+
+def stated_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The same of a recipe whose method is known, as it is read from a lock."""
+    resolved = resolved_recipe(recipe, METHODS[recipe.merge_method].symmetric)
+    stated: dict[str, Any] = json.loads(json.dumps(resolved))
+    return stated

@@ -223,6 +223,10 @@ class Recipe(_Section):
         list[QuantizeEntry] | None,
         Field(min_length=1, description="What `pack build` quantizes the result to."),
     ] = None
+    compare: Annotated[
+        bool,
+        Field(description="Whether a release shows what the models changed, by layer."),
+    ] = True
     hub: Annotated[
         str | None,
         Field(

@@ -27,7 +27,7 @@ from mergekit_lite.adapters.write import WEIGHTS_NAME
 from mergekit_lite.checkpoint.digest import sha256_of
 from mergekit_lite.checkpoint.header import write_header
 from mergekit_lite.checkpoint.locate import Source, open_checkpoint
-from mergekit_lite.checkpoint.protocol import Checkpoint
+from mergekit_lite.checkpoint.protocol import Checkpoint, InputFile
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.config import to_json
 from mergekit_lite.merge.lock import LOCK_NAME, lock_file
@@ -40,6 +40,7 @@ from mergekit_lite.merge.writer import (
     replace_folder,
     write_durably,
 )
+from mergekit_lite.recipe import Recipe
 from mergekit_lite.recipe.reference import AdapterReference
 from mergekit_lite.resources import resource_folder
 
@@ -100,6 +101,25 @@ class BundleResult:
     notes: Sequence[str]
 
 
+def adapters_of(recipe: Recipe) -> tuple[str, list[NamedAdapter]]:
+    """Base and adapters of a recipe with ``output: adapters``.
+
+    Raises:
+        PackError: It is another recipe.
+    """
+    if recipe.output != "adapters" or recipe.base_model is None or recipe.models is None:
+        raise PackError(
+            f"{recipe.name}: not a recipe for a bundle of adapters",
+            "It needs 'output: adapters', 'base_model', and the adapters under 'models'.",
+        )
+    return recipe.base_model, [NamedAdapter(adapter_name(e.model), e.model) for e in recipe.models]
+
+
+def adapter_name(reference: str) -> str:
+    """What an adapter is called that has no name of its own: its folder's."""
+    return Path(reference.partition("@")[0]).resolve().name
+
+
 def bundle_adapters(
     base: str,
     adapters: Sequence[NamedAdapter],
@@ -108,6 +128,7 @@ def bundle_adapters(
     *,
     gguf: bool = True,
     force: bool = False,
+    recipe: Mapping[str, Any] | None = None,
 ) -> BundleResult:
     """Package adapters.
 
@@ -118,6 +139,7 @@ def bundle_adapters(
         folder: Where the bundle goes.
         gguf: Whether GGUF files are made.
         force: Whether an existing result of pack is replaced.
+        recipe: That asks for it, as data; None where none does.
 
     Raises:
         PackError: An adapter is not for this base or does not fit it, or a name is not usable.
@@ -132,7 +154,7 @@ def bundle_adapters(
             found.append(open_adapter(adapter.reference, home))
             opened.callback(found[-1].checkpoint.close)
         refuse_inputs(folder, [source.path, *(adapter.path for adapter in found)])
-        bundle = _Bundle(source, adapters, found, home, gguf=gguf)
+        bundle = _Bundle(source, adapters, found, home, recipe, gguf=gguf)
         return bundle.write(folder)
 
 
@@ -160,9 +182,11 @@ class _Bundle:
         named: Sequence[NamedAdapter],
         adapters: Sequence[Source],
         home: Path,
+        recipe: Mapping[str, Any] | None,
         *,
         gguf: bool,
     ) -> None:
+        self._recipe = recipe
         self._base = base
         self._named = named
         self._adapters = adapters
@@ -261,6 +285,7 @@ class _Bundle:
             OutputFile(str(p.relative_to(made)), p.stat().st_size, sha256_of(p)) for p in files
         ]
         fields = {
+            **({"recipe": dict(self._recipe)} if self._recipe else {}),
             "base": {"model": self._base.reference, "revision": self._base.revision},
             "notes": self._notes,
             "adapters": {
@@ -269,8 +294,11 @@ class _Bundle:
                 for p in self._packaged
             },
         }  # fmt: skip
-        weights = {a.reference: a.checkpoint.input_files() for a in self._adapters}
-        lock = lock_file("adapters", fields, list(self._adapters), weights, outputs)
+        weights: dict[str, Sequence[InputFile]] = {
+            self._base.reference: (),  # it stays outside: none of its weights is read
+            **{a.reference: a.checkpoint.input_files() for a in self._adapters},
+        }
+        lock = lock_file("adapters", fields, [*self._adapters, self._base], weights, outputs)
         write_durably(made / LOCK_NAME, lock)
         return [*outputs, OutputFile(LOCK_NAME, len(lock), sha256_of(made / LOCK_NAME))]
 

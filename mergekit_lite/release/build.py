@@ -1,58 +1,53 @@
-"""A whole recipe: merged, quantized and released, each step only where its inputs changed.
-
-Whether a step is to be done is told by its lock: the recipe, the digests of all inputs, the version
-of pack. Digests of files that have not changed since they were read are remembered, so that nothing
-is read to find out that nothing is to be done.
-"""
+"""A whole recipe: made, quantized, released, signed and pushed, each step only where it must be."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-import mergekit_lite
 from exporters.gguf.export import Scheme
 from exporters.gguf.mixtures import find_mixture
-from exporters.gguf.run import Options as GgufOptions
-from exporters.gguf.run import Request, prepare_gguf, run_gguf
-from mergekit_lite.checkpoint.locate import Source
+from exporters.gguf.run import Request
 from mergekit_lite.errors import PackError
-from mergekit_lite.merge.lock import LOCK_NAME, lock_inputs, resolved_recipe
-from mergekit_lite.merge.model import open_whole
-from mergekit_lite.merge.run import Options, Progress, prepare, run_merge
+from mergekit_lite.merge.lock import LOCK_NAME, stated_recipe
+from mergekit_lite.merge.run import Options, Progress
 from mergekit_lite.methods import ALIASES, METHODS
 from mergekit_lite.recipe import Recipe, read_recipe
 from mergekit_lite.release.bundle import make_release
 from mergekit_lite.release.draft import Asked, Draft, draft_release
-from mergekit_lite.release.gather import Made, gather, weighing
+from mergekit_lite.release.gather import Made, gather
 from mergekit_lite.release.licences.judge import judge_recipe
-from mergekit_lite.release.manifest import MANIFEST, read_manifest
+from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
+from mergekit_lite.release.push import Target, push_release
+from mergekit_lite.release.sign import KEYLESS, sign_release
+from mergekit_lite.release.steps import (
+    Place,
+    Step,
+    compare_step,
+    make_step,
+    quantize_steps,
+)
 from mergekit_lite.release.version import propose
 
-__all__ = ["Built", "Step", "build"]
+__all__ = ["Afterwards", "Built", "build"]
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step.
+class Afterwards:
+    """What is done with a release.
 
     Attributes:
-        name: ``merge``, ``gguf q4_k_m``, ``release 1.0.0`` …
-        done: Whether it was done, or kept from before.
-        seconds: That it took.
-        folder: Of the result.
+        key: What it is signed with: a private key's file, or `KEYLESS`; None if it is not.
+        target: Where on the Hub it is pushed to; None if it is not.
     """
 
-    name: str
-    done: bool
-    seconds: float
-    folder: Path
+    key: str | None = None
+    target: Target | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +71,7 @@ def build(
     options: Options,
     progress: Progress,
     asked: Asked | None = None,
+    afterwards: Afterwards | None = None,
 ) -> Built:
     """Do what a recipe asks for, as far as it is not done.
 
@@ -85,104 +81,78 @@ def build(
         options: How to run.
         progress: Told how far it is.
         asked: What the recipe does not say, of the release.
+        afterwards: What is done with the release.
 
     Raises:
         PackError: Licences conflict, or a step fails; what is finished is kept.
     """
     recipe = read_recipe(path, METHODS, ALIASES)
-    if recipe.output != "model":
-        raise PackError(
-            f"{path}: gives {recipe.output}, not a model", "Run: pack merge, pack adapters."
-        )
+    asked, afterwards = asked or Asked(), afterwards or Afterwards()
+    _check(path, recipe, afterwards)
     schemes = [find_mixture(entry.scheme) for entry in recipe.quantize or []]
-    asked = asked or Asked()
     judged = judge_recipe(path, accepted=asked.accepted)
     if judged.verdict.conflicts:
         listed = "".join(f"\n  {c.sentence}" for c in judged.verdict.conflicts)
         raise PackError(f"licences conflict:{listed}", f"See: pack licenses {path}")
-    home = dist / str(recipe.name)
-    merged = home / "merged"
-    steps = [_merge(recipe, path.parent, merged, options, progress)]
+    place = Place(path.parent, dist / str(recipe.name), options, progress)
+    steps = [make_step(recipe, place)]
     requests = [
-        Request(Scheme(mixture), home / f"gguf-{mixture.name}",
+        Request(Scheme(mixture), place.dist / f"gguf-{mixture.name}",
                 f"{recipe.name}-{mixture.name.upper()}")
         for mixture in schemes
     ]  # fmt: skip
-    steps += _quantize(merged, requests, options, progress)
+    steps += quantize_steps(steps[0].folder, requests, place)
     if recipe.version is None:
         return Built(steps, None, [])
-    return _release(recipe, dist, path.parent, steps, asked)
+    compared = compare_step(recipe, place)
+    steps += [compared] if compared else []
+    built = _release(recipe, dist, path.parent, steps, asked)
+    return _after(built, afterwards, options.threads, progress)
 
 
-def _lock(folder: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads((folder / LOCK_NAME).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    files = [(folder / o["path"], o["bytes"]) for o in found.get("outputs", [])]
-    whole = all(file.is_file() and file.stat().st_size == size for file, size in files)
-    return found if whole and files else {}
+def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
+    """Say before anything is done what cannot be done.
+
+    Raises:
+        PackError: The recipe asks for what does not go together.
+    """
+    if recipe.quantize and recipe.output != "model":
+        raise PackError(
+            f"{path}: gives {recipe.output}, which are not quantized",
+            "Leave out quantize:, or merge into a model first.",
+        )
+    if recipe.version is None and (afterwards.key or afterwards.target):
+        raise PackError(
+            f"{path}: makes no release that could be signed or pushed", "Give it a version: 1.0.0"
+        )
+    key = afterwards.key
+    if key is not None and key != KEYLESS and not Path(key).is_file():
+        raise PackError(f"{key}: there is no such key", "Give a private key's file, or sigstore.")
 
 
-def _is_of(lock: Mapping[str, Any], sources: Sequence[Source]) -> bool:
-    """Whether a lock is of this version of pack and of these inputs as they are now."""
-    if lock.get("tool", {}).get("version") != mergekit_lite.__version__:
-        return False
-    weights = {source.reference: source.checkpoint.input_files() for source in sources}
-    return bool(lock["inputs"] == lock_inputs(sources, weights))
-
-
-def _merge(recipe: Recipe, home: Path, folder: Path, options: Options, progress: Progress) -> Step:
+def _after(built: Built, afterwards: Afterwards, threads: int, progress: Progress) -> Built:
+    """Sign and push."""
+    folder = built.steps[-1].folder
+    steps = list(built.steps)
     began = time.monotonic()
-    prepared = prepare(recipe, home, options.shard_bytes)
-    lock = _lock(folder)
-    now = resolved_recipe(recipe, prepared.plan.method.symmetric)
-    same = bool(lock) and weighing(lock.get("recipe", {})) == weighing(json.loads(json.dumps(now)))
-    if same and _is_of(lock, list(prepared.inputs.sources.values())):
-        prepared.inputs.close()
-        return Step("merge", False, time.monotonic() - began, folder)
-    force = options.force or bool(lock)
-    run_merge(prepared, folder, replace(options, force=force), progress)
-    return Step("merge", True, time.monotonic() - began, folder)
-
-
-def _quantize(
-    merged: Path, requests: Sequence[Request], options: Options, progress: Progress
-) -> list[Step]:
-    """Quantize to all schemes that are not there; the weights are read once."""
-    began = time.monotonic()
-    if not requests:
-        return []
-    model = open_whole(merged.name, merged.parent)  # a name that is the same in any folder
-    try:
-        locks = {request.folder: _lock(request.folder) for request in requests}
-        missing = [
-            request
-            for request in requests
-            if not locks[request.folder]
-            or locks[request.folder].get("options")
-            or not _is_of(locks[request.folder], list(model.sources))
-        ]
+    if afterwards.key is not None:
+        missing = not (folder / SIGNATURE).is_file()
         if missing:
-            force = options.force or any(locks[request.folder] for request in missing)
-            run = GgufOptions(options.threads, options.memory, force)
-            run_gguf(prepare_gguf(model, missing), run, progress)
-    finally:
-        model.close()
-    seconds = time.monotonic() - began
-    return [
-        Step(f"gguf {request.scheme.mixture.name}", request in missing,
-             seconds if request in missing else 0.0, request.folder)
-        for request in requests
-    ]  # fmt: skip
+            sign_release(folder, None if afterwards.key == KEYLESS else Path(afterwards.key))
+        steps.append(Step("sign", missing, time.monotonic() - began, folder / SIGNATURE))
+    began = time.monotonic()
+    if afterwards.target is not None:
+        entries = read_manifest(folder / MANIFEST)[1]
+        progress.begin("Check", sum(entry.size for entry in entries.values()))
+        pushed = push_release(folder, afterwards.target, threads, progress.advance)
+        where = Path(f"{pushed.repo}@{pushed.tag}")
+        steps.append(Step("push", bool(pushed.added), time.monotonic() - began, where))
+    return replace(built, steps=steps)
 
 
 def _release(recipe: Recipe, dist: Path, home: Path, steps: list[Step], asked: Asked) -> Built:
     began = time.monotonic()
-    stated = json.loads(json.dumps(resolved_recipe(recipe, METHODS[recipe.merge_method].symmetric)))
-    made = replace(gather(dist, str(recipe.name)), stated=stated)
+    made = replace(gather(dist, str(recipe.name)), stated=stated_recipe(recipe))
     wanted = {step.folder.name for step in steps}
     made = replace(made, artifacts=[a for a in made.artifacts if a.folder.name in wanted])
     folder = dist / made.name / "release" / str(recipe.version)
@@ -208,7 +178,9 @@ def _check_same(folder: Path, made: Made, draft: Draft) -> None:
     changed = {
         key for key in said.keys() | draft.recipe.keys() if said.get(key) != draft.recipe.get(key)
     }
-    if held == {a.folder.name: a.released_lock for a in made.artifacts} and changed <= {"hub"}:
+    if held == {a.folder.name: made.released_lock(a) for a in made.artifacts} and changed <= {
+        "hub"
+    }:
         return
     proposal = propose(folder.parent, made)
     assert proposal is not None  # noqa: S101 (there is this one at least)

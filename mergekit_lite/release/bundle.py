@@ -125,7 +125,7 @@ def _papers(draft: Draft, writer: ReleaseWriter) -> None:
 
 
 def _lock(draft: Draft) -> dict[str, Any]:
-    locks = {artifact.folder.name: artifact.released_lock for artifact in draft.made.artifacts}
+    locks = {a.folder.name: draft.made.released_lock(a) for a in draft.made.artifacts}
     accepted = list(draft.verdict.accepted)
     return {
         "lock_version": 1,

@@ -105,7 +105,7 @@ def draft_release(made: Made, home: Path, version: str, asked: Asked) -> Draft:
     verdict = combine([s.parent for s in sources], licence, made.name, accepted)
     template = asked.template or _template(recipe, home)
     if recipe:
-        recipe |= {"version": version}
+        recipe |= {"version": version, **_made(made, recipe)}
         recipe |= {"profile": profile.name} if asked.profile else {}
         recipe |= {"accept_licenses": accepted} if accepted else {}
         if template is not None:
@@ -122,6 +122,18 @@ def draft_release(made: Made, home: Path, version: str, asked: Asked) -> Draft:
     return Draft(
         made, version, recipe, licence, sources, verdict, profile, template, notes, warnings
     )
+
+
+def _made(made: Made, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe must ask for to give these results, however they were made."""
+    schemes = [a.lock["scheme"] for a in made.artifacts if a.kind == "quantize"]
+    stated = [entry["scheme"] for entry in recipe.get("quantize") or []]
+    asked: dict[str, Any] = {}
+    if sorted(schemes) != sorted(stated):
+        asked["quantize"] = [{"to": "gguf", "scheme": scheme} for scheme in sorted(schemes)] or None
+    if not any(artifact.kind == "compare" for artifact in made.artifacts):
+        asked["compare"] = False
+    return asked
 
 
 def _template(recipe: Mapping[str, Any], home: Path) -> str | None:

@@ -11,6 +11,7 @@ import yaml
 from exporters.gguf.about import size_label
 from mergekit_lite.checkpoint.locate import open_checkpoint
 from mergekit_lite.release.card import front_matter
+from mergekit_lite.release.compared import PLOT
 from mergekit_lite.release.draft import Draft
 from mergekit_lite.release.gather import Made
 from mergekit_lite.release.licences.table import find_licence
@@ -61,8 +62,12 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
         ],
         "recipe": yaml.safe_dump(_without_card(recipe), sort_keys=True) if recipe else "",
         "quantized": list(_quantized(made)),
+        "plot": _plot(made),
+        "cache": _cache(draft.config),
+        "adapters": _adapters(made),
         "files": [{"path": e.path, "size": _size(e.size)} for e in weights if e.size > 1 << 16],
         "in_transformers": made.main.kind == "merge",
+        "kind": made.main.kind,
         "ggufs": ggufs,
         "accepted": list(verdict.accepted),
         "obligations": [
@@ -113,3 +118,39 @@ def _quantized(made: Made) -> Iterator[dict[str, str]]:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _plot(made: Made) -> str:
+    """Where the plot of what the models changed lies; empty without."""
+    for artifact in made.artifacts:
+        if artifact.kind == "compare":
+            return made.place(artifact, PLOT)
+    return ""
+
+
+def _adapters(made: Made) -> list[str]:
+    """Folders of the adapters of a bundle, within the release."""
+    return sorted(
+        {
+            str(Path(e.path).parent)
+            for e in made.main.files
+            if e.path.endswith("adapter_config.json")
+        }
+    )
+
+
+def _cache(config: Mapping[str, Any]) -> str:
+    """Memory that 1,024 tokens of context take, in 16 bits; empty where the config does not tell.
+
+    Two vectors (key and value) for each layer and each head that has its own.
+    """
+    config = config.get("text_config") or config
+    layers, heads = config.get("num_hidden_layers"), config.get("num_attention_heads")
+    hidden = config.get("hidden_size")
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
+        return ""
+    own = config.get("num_key_value_heads") or heads
+    width = config.get("head_dim") or hidden // max(heads, 1)
+    if not (isinstance(own, int) and isinstance(width, int)):
+        return ""
+    return _size(2 * layers * own * width * 2 * 1024)

@@ -14,18 +14,10 @@ from mergekit_lite.release.manifest import Entry
 
 __all__ = ["Artifact", "Made", "gather", "last_name", "weighing"]
 
-_BESIDE = frozenset(
-    {
-        "accept_licenses",
-        "card",
-        "hub",
-        "license",
-        "licenses",
-        "profile",
-        "quantize",
-        "version",
-    }
-)
+_BESIDE = frozenset({
+    "accept_licenses", "card", "compare", "hub", "license", "licenses", "profile", "quantize",
+    "version",
+})  # fmt: skip
 """Keys of a recipe that change no weight."""
 
 _MAIN = ("merge", "adapter", "extract", "adapters")
@@ -55,15 +47,6 @@ class Artifact:
         """What made it: ``merge``, ``quantize``, ``adapter`` or another word."""
         return str(self.lock.get("kind"))
 
-    @property
-    def released_lock(self) -> Mapping[str, Any]:
-        """Its lock, less what the recipe said of papers when it was made; they may change."""
-        recipe = self.lock.get("recipe")
-        if not isinstance(recipe, dict):
-            return self.lock
-        kept = {key: value for key, value in self.lock.items() if key != "version"}
-        return {**kept, "recipe": weighing(recipe)}
-
 
 @dataclass(frozen=True)
 class Made:
@@ -86,9 +69,27 @@ class Made:
 
     def place(self, artifact: Artifact, path: str) -> str:
         """Where a file lies in a release: the model itself at the top, so that programs load it."""
-        if artifact is self.main:
-            return path
+        if artifact is self.main:  # a bundle's own page gives way to the card
+            return "ADAPTERS.md" if path == "README.md" else path
         return f"{artifact.lock.get('format', artifact.folder.name)}/{path}"
+
+    def released_lock(self, artifact: Artifact) -> Mapping[str, Any]:
+        """Its lock, less what does not matter for it: papers, and by which path it was reached."""
+        lock = {key: value for key, value in artifact.lock.items() if key != "version"}
+        if isinstance(lock.get("recipe"), dict):
+            lock["recipe"] = weighing(lock["recipe"])
+        if artifact is not self.main:
+            lock["inputs"] = [
+                {**source, "model": self.main.folder.name} if self._is_main(source) else source
+                for source in lock.get("inputs", [])
+            ]
+            if Path(str(lock.get("model", ""))).name == self.main.folder.name:
+                lock["model"] = self.main.folder.name
+        return lock
+
+    def _is_main(self, source: Mapping[str, Any]) -> bool:
+        made = {entry.sha256 for entry in self.main.files}
+        return {file["sha256"] for file in source["files"]} <= made
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -115,7 +116,36 @@ def gather(dist: Path, name: str) -> Made:
         )
     found = [_artifact(path) for path in locks]
     found.sort(key=lambda a: (a.kind not in _MAIN, a.folder.name))
-    return Made(name, found)
+    made = Made(name, found)
+    if made.main.kind in _MAIN:
+        for artifact in found[1:]:
+            _check_fresh(artifact, made.main)
+        models = _models(made.main)
+        kept = [a for a in found if a.kind != "compare" or _models(a) == models]
+        made = Made(name, kept)
+    return made
+
+
+def _check_fresh(artifact: Artifact, main: Artifact) -> None:
+    """What was made of the model was made of it as it is now.
+
+    Raises:
+        PackError: It was made of an earlier one.
+    """
+    made = {entry.sha256 for entry in main.files}
+    for source in artifact.lock.get("inputs", []):
+        weights = {f["sha256"] for f in source["files"] if not f["path"].endswith(".json")}
+        of_main = Path(str(source["model"])).name == main.folder.name
+        if artifact.kind == "quantize" and of_main and not weights <= made:
+            raise PackError(
+                f"{artifact.folder}: was made of an earlier {main.folder.name}",
+                f"Make it again: pack quantize --force … {main.folder}; or remove it.",
+            )
+
+
+def _models(artifact: Artifact) -> set[str]:
+    """Names of all files that went in."""
+    return {f["sha256"] for source in artifact.lock.get("inputs", []) for f in source["files"]}
 
 
 def _artifact(path: Path) -> Artifact:

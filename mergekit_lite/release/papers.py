@@ -94,6 +94,8 @@ def _own_notice(source: ParentSource) -> str:
 def made_by(made: Made) -> str:
     """How it was made, in words."""
     recipe = made.recipe
+    if made.main.kind == "adapters":
+        return "packing adapters beside their base"
     if recipe:
         return f"merging with {recipe['merge_method']}"
     return {"quantize": "quantizing", "extract": "extracting an adapter"}.get(

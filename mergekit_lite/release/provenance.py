@@ -28,7 +28,7 @@ def make_provenance(made: Made, recipe: Mapping[str, Any], entries: Sequence[Ent
     """
     dependencies: dict[str, dict[str, Any]] = {}
     for artifact in made.artifacts:
-        for source in artifact.lock.get("inputs", []):
+        for source in made.released_lock(artifact).get("inputs", []):
             for file in source["files"]:
                 name = f"{source['model']}/{file['path']}"
                 dependencies[name] = _dependency(name, source, file)

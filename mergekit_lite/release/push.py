@@ -8,6 +8,7 @@ there already is not made twice, a tag of the same content is fine, of another a
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from mergekit_lite.release.profiles import PROFILES
 from mergekit_lite.release.secrets import find_secrets
 from mergekit_lite.release.verify import Checked, verify_release
 
-__all__ = ["Pushed", "Target", "check_before_leaving", "describe", "push_release"]
+__all__ = ["Pushed", "Target", "check_before_leaving", "check_repo", "describe", "push_release"]
 
 _KEPT = frozenset({".gitattributes"})
 
@@ -94,6 +95,17 @@ def push_release(
         raise
     except Exception as error:  # whatever the client raises
         raise _explained(error, target) from None
+
+
+def check_repo(name: str) -> str:
+    """The name of a repository, if it can be one.
+
+    Raises:
+        PackError: It cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise PackError(f"'{name}' is no repository of the Hub", "Write ORG/NAME.")
+    return name
 
 
 def check_before_leaving(

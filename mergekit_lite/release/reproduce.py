@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from mergekit_lite.checkpoint.hub import pinned
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.lock import LOCK_NAME
 from mergekit_lite.merge.run import Options, Progress
@@ -57,7 +58,8 @@ def reproduce(folder: Path, options: Options, progress: Progress) -> Reproduced:
         if (folder / TEMPLATE).is_file():
             (path.parent / TEMPLATE).write_bytes((folder / TEMPLATE).read_bytes())
         dist = Path(scratch) / "dist"
-        built = build(path, dist, options, progress)
+        with pinned(_commits(folder)):
+            built = build(path, dist, options, progress)
         again = dist / str(recipe["name"]) / "release" / str(recipe["version"])
         _check_inputs(_lock(folder), _lock(again))
         _, made, found = read_manifest(again / MANIFEST)
@@ -79,26 +81,32 @@ def _lock(folder: Path) -> Mapping[str, Any]:
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    """The recipe, with the quantized files that were made by hand."""
+    """The recipe.
+
+    Raises:
+        PackError: There is none, or it does not tell all.
+    """
     path = folder / "recipe.yaml"
     if not path.is_file():
         raise PackError(f"{folder}: has no recipe", "Only releases of a merge can be made again.")
-    recipe = yaml.safe_load(path.read_text("utf-8"))
-    schemes = []
     for name, lock in sorted(_lock(folder).items()):
-        if lock.get("kind") != "quantize":
-            continue
-        if lock.get("options"):
+        if lock.get("kind") == "quantize" and lock.get("options"):
             raise PackError(
                 f"{folder}: {name} was quantized with {', '.join(sorted(lock['options']))}, which "
                 "a recipe does not hold",
                 "Make it again by hand, and compare with pack diff.",
             )
-        schemes.append({"to": "gguf", "scheme": lock["scheme"]})
-    stated = recipe.get("quantize")
-    if schemes and (stated is None or len(stated) != len(schemes)):
-        recipe["quantize"] = schemes
-    return dict(recipe)
+    return dict(yaml.safe_load(path.read_text("utf-8")))
+
+
+def _commits(folder: Path) -> dict[str, str]:
+    """The commits that models on the Hub were taken at, by their references."""
+    return {
+        source["model"].removeprefix("hf://"): source["revision"]
+        for lock in _lock(folder).values()
+        for source in lock.get("inputs", [])
+        if source.get("revision")
+    }
 
 
 def _check_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -56,7 +56,7 @@ def sign_release(folder: Path, key: Path | None) -> None:
             config = config.use_sigstore_signer(use_ambient_credentials=True)
         else:
             config = config.use_elliptic_key_signer(private_key=str(key))
-        config.set_hashing_config(_hashing(hashing, folder)).sign(str(folder), str(beside))
+        config.set_hashing_config(_hashing(hashing)).sign(str(folder), str(beside))
         beside.rename(folder / SIGNATURE)
     except Exception as error:  # whatever the library raises for a key, a folder or a network
         raise PackError(
@@ -94,16 +94,15 @@ def check_signature(place: Place, signer: Signer) -> str | None:
             )
         else:
             config = verifying.Config().use_elliptic_key_verifier(public_key=str(signer.key))
-        hashed = _hashing(hashing, folder, place.ignored, place.links_into is not None)
+        hashed = _hashing(hashing, place.ignored, place.links_into is not None)
         config.set_hashing_config(hashed).verify(str(folder), str(folder / SIGNATURE))
     except Exception as error:  # a signature of other files, by another key, or none at all
         return f"{SIGNATURE}: does not hold ({_said(error)})"
     return None
 
 
-def _hashing(hashing: Any, folder: Path, also: Iterable[str] = (), links: bool = False) -> Any:
-    ignored = [str(folder / name) for name in (SIGNATURE, *also)]
-    config = hashing.Config().set_ignored_paths(paths=ignored, ignore_git_paths=False)
+def _hashing(hashing: Any, also: Iterable[str] = (), links: bool = False) -> Any:
+    config = hashing.Config().set_ignored_paths(paths=[SIGNATURE, *also], ignore_git_paths=False)
     return config.set_allow_symlinks(links)
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 import yaml
 
 from tests.conftest import ROOT, digests
+from tests.release.test_release import _keys
 
 Pack = Callable[..., Any]
 
@@ -40,7 +44,7 @@ def _edit(home: Path, **keys: object) -> None:
 def test_a_whole_recipe(pack: Pack, home: Path) -> None:
     """Merged, quantized twice, released; a second time nothing is done."""
     ran = pack("build", "r.yaml", "--json", cwd=home)
-    names = ["merge", "gguf q4_k_m", "gguf q8_0", "release 1.0.0"]
+    names = ["merge", "gguf q4_k_m", "gguf q8_0", "compare", "release 1.0.0"]
     assert _steps(ran) == [(name, True) for name in names]
     assert json.loads(ran.out)["warnings"] == []
     folder = home / "dist" / "ties-release" / "release" / "1.0.0"
@@ -79,7 +83,7 @@ def test_what_changed_is_done(pack: Pack, home: Path) -> None:
     card = yaml.safe_load((home / "r.yaml").read_text())["card"]
     _edit(home, version="1.0.1", card={**card, "summary": "Another text."})
     ran = pack("build", "r.yaml", "--json", cwd=home)
-    assert [done for _, done in _steps(ran)] == [False, False, False, True]
+    assert [done for _, done in _steps(ran)] == [False, False, False, False, True]
     assert digests(home / "dist" / "ties-release" / "merged") == before
     readme = home / "dist" / "ties-release" / "release" / "1.0.1" / "README.md"
     assert "Another text." in readme.read_text()
@@ -97,7 +101,8 @@ def test_what_changed_is_done(pack: Pack, home: Path) -> None:
     assert "version 1.0.1 was released with other content" in ran.err
     _edit(home, version="1.1.0", quantize=[{"scheme": "q8_0"}])
     ran = pack("build", "r.yaml", "--json", cwd=home)
-    assert _steps(ran) == [("merge", False), ("gguf q8_0", False), ("release 1.1.0", True)]
+    steps = [("merge", False), ("gguf q8_0", False), ("compare", False), ("release 1.1.0", True)]
+    assert _steps(ran) == steps
 
 
 def test_licences_come_first(pack: Pack, home: Path) -> None:
@@ -113,3 +118,86 @@ def test_licences_come_first(pack: Pack, home: Path) -> None:
     assert "'q9': no type of GGUF" in ran.err
     _edit(home, output="adapter", rank=4, quantize=None)
     assert pack("build", "r.yaml", cwd=home).code == 1
+
+
+RELEASED = sorted(
+    path.name for path in (ROOT / "recipes").glob("*.yaml")
+    if "version" in yaml.safe_load(path.read_text())
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_recipes_that_come_along(pack: Pack, home: Path, tmp_path: Path, name: str) -> None:
+    """Each ends in a release that holds, without a warning, and comes out the same again."""
+    shutil.copyfile(ROOT / "recipes" / name, home / name)
+    recipe = yaml.safe_load((home / name).read_text())
+    private, public = _keys(tmp_path)
+    ran = pack("build", name, "--sign", private, "--json", cwd=home)
+    steps = _steps(ran)
+    assert all(done for _, done in steps)
+    assert steps[-1] == ("sign", True)
+    assert json.loads(ran.out)["warnings"] == []
+    folder = Path("dist") / recipe["name"] / "release" / recipe["version"]
+    ran = pack("verify", folder, "--public-key", public, cwd=home)
+    assert ran.code == 0, ran.err
+    again = pack("build", name, "--sign", private, cwd=home)
+    assert again.code == 0, again.err
+    assert "nothing was to be done" in again.out
+    ran = pack("reproduce", folder, cwd=home)
+    assert ran.code == 0, ran.err
+
+
+def test_adapters_of_a_release_load(pack: Pack, home: Path) -> None:
+    """In PEFT, by the lines that the card shows."""
+    shutil.copyfile(ROOT / "recipes" / "adapters-beside-base.yaml", home / "a.yaml")
+    ran = pack("build", "a.yaml", "-q", cwd=home)
+    assert ran.code == 0, ran.err
+    folder = home / "dist" / "adapters-beside-base" / "release" / "1.0.0"
+    card = (folder / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["library_name"] == "peft"
+    assert (folder / "ADAPTERS.md").is_file()
+    code = card.split("```python\n")[1].split("```")[0]
+    code = code.replace("examples/models/base", str(home / "examples" / "models" / "base"))
+    done = subprocess.run([sys.executable, "-c", f"{code}\nprint(model.active_adapter)"],
+                          cwd=folder, capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "lora-code"
+
+
+def test_the_plot(pack: Pack, home: Path) -> None:
+    """A picture that is whole XML, of two layers and three models; left out where asked."""
+    assert pack("build", "r.yaml", "-q", cwd=home).code == 0
+    folder = home / "dist" / "ties-release" / "release" / "1.0.0"
+    assert "](compared/deltas.svg)" in (folder / "README.md").read_text()
+    tree = ET.fromstring((folder / "compared" / "deltas.svg").read_text())
+    space = "{http://www.w3.org/2000/svg}"
+    assert len(tree.findall(f"{space}polyline")) == 3
+    data = json.loads((folder / "compared" / "deltas.json").read_text())
+    assert [layer["layer"] for layer in data["layers"]] == [0, 1]
+    assert all(0 < value < 1 for layer in data["layers"] for value in layer["change"])
+    _edit(home, version="1.0.1", compare=False)
+    ran = pack("build", "r.yaml", "--json", cwd=home)
+    assert "compare" not in [name for name, _ in _steps(ran)]
+    folder = home / "dist" / "ties-release" / "release" / "1.0.1"
+    assert "deltas.svg" not in (folder / "README.md").read_text()
+
+
+def test_by_hand_and_again(pack: Pack, home: Path) -> None:
+    """What was merged and quantized by hand is told in the recipe, so that it can be made again."""
+    _edit(home, quantize=None, compare=True)
+    assert pack("merge", "r.yaml", "-q", cwd=home).code == 0
+    merged = "dist/ties-release/merged"
+    assert pack("quantize", "--to", "gguf", "q8_0", merged, "-q", cwd=home).code == 0
+    ran = pack("release", "-q", cwd=home)
+    assert ran.code == 0, ran.err
+    folder = home / "dist" / "ties-release" / "release" / "1.0.0"
+    stated = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert stated["quantize"] == [{"to": "gguf", "scheme": "q8_0"}]
+    ran = pack("reproduce", folder, cwd=home)
+    assert ran.code == 0, ran.err
+    _edit(home, parameters={"lambda": 0.5}, version="1.0.1")
+    assert pack("merge", "r.yaml", "-q", "--force", cwd=home).code == 0
+    ran = pack("release", cwd=home)
+    assert ran.code == 1
+    assert "was made of an earlier merged" in ran.err
