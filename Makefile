@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MLFLOW := $(VENV)/mlflow
 
 .PHONY: help install demo test lint bench clean
 
@@ -20,10 +21,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(MLFLOW)/.installed: constraints.txt | $(STAMP)
+	@echo "== installing the MLflow server that the tests talk to, beside pack"
+	@$(PYTHON) -m venv $(MLFLOW)
+	@$(MLFLOW)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mlflow
+	@touch $@
+
 demo: $(STAMP) ## Train the example models, merge them with TIES, show what it did
 	@$(BIN)/python examples/demo.py
 
-test: $(STAMP) ## Run every test
+test: $(STAMP) $(MLFLOW)/.installed ## Run every test
 	@echo "== training the example models (kept in examples/models/, about two minutes the first time)"
 	@$(BIN)/python examples/make_models.py
 	@echo "== running the tests"

@@ -21,7 +21,7 @@ from mergekit_lite.text import plain
 __all__ = ["main"]
 
 COMMANDS = {
-    "build": "Do all that a recipe asks for: merge, quantize, release.",
+    "build": "Do all that a recipe asks for: merge, quantize, release, sign, push.",
     "merge": "Merge models as a recipe says, or adapters into a base.",
     "quantize": "Quantize a model, an adapter on its base, or a recipe, to GGUF.",
     "extract": "Make an adapter of what a fine-tune changed in its base.",
@@ -29,6 +29,7 @@ COMMANDS = {
     "release": "Release what was made: card, licences, bill of materials, manifest.",
     "verify": "Check the files of a release against all that it says of them.",
     "registry": "Keep book of versions: canary, staging, production.",
+    "deploy": "Write what it takes to serve a release: Dockerfile, script, checklist.",
     "reproduce": "Make a release again from its recipe, and compare it.",
     "inspect": "Show what a checkpoint, an adapter or a recipe is.",
     "diff": "Show what fine-tunes changed in their base, by layer and module.",

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _FILE = click.option(
-    "--registry", "path", type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("dist/registry.sqlite"), show_default=True, metavar="FILE",
-    help="The registry's file.",
+    "--registry", "path", default="dist/registry.sqlite", show_default=True,
+    metavar="FILE|mlflow://…",
+    help="The registry: a file, or MLflow's at mlflow://HOST:PORT.",
 )  # fmt: skip
 
 
@@ -28,16 +28,16 @@ def command() -> None:
     """Keep book of versions: which is in canary, staging, production, and which were."""
 
 
-def _open(path: Path) -> Registry:
-    from mergekit_lite.release.registry import Registry
+def _open(word: str) -> Registry:
+    from mergekit_lite.release.registry import open_registry
 
-    return Registry(path)
+    return open_registry(word)
 
 
 @command.command("add")
 @click.argument("folder", type=click.Path(path_type=Path))
 @_FILE
-def add(folder: Path, path: Path) -> None:
+def add(folder: Path, path: str) -> None:
     """Add the release in FOLDER, after checking it."""
     from mergekit_lite.errors import PackError
     from mergekit_lite.merge.run import default_threads
@@ -72,7 +72,7 @@ def _measured(folder: Path) -> dict[str, float]:
 @click.argument("name", required=False)
 @_FILE
 @click.option("--json", "as_json", is_flag=True, help="Print it for programs.")
-def show(name: str | None, path: Path, as_json: bool) -> None:
+def show(name: str | None, path: str, as_json: bool) -> None:
     """List versions, where they are, and the history of NAME."""
     registry = _open(path)
     try:
@@ -117,7 +117,7 @@ def show(name: str | None, path: Path, as_json: bool) -> None:
 @click.option("--to", "stage", required=True, metavar="STAGE", help="canary, staging, production")
 @click.option("--share", type=float, default=1.0, show_default=True, help="Of the traffic.")
 @_FILE
-def promote(name: str, version: str, stage: str, share: float, path: Path) -> None:
+def promote(name: str, version: str, stage: str, share: float, path: str) -> None:
     """Put a version into a stage."""
     registry = _open(path)
     try:
@@ -131,7 +131,7 @@ def promote(name: str, version: str, stage: str, share: float, path: Path) -> No
 @click.argument("name")
 @click.option("--from", "stage", default="production", show_default=True, metavar="STAGE")
 @_FILE
-def rollback(name: str, stage: str, path: Path) -> None:
+def rollback(name: str, stage: str, path: str) -> None:
     """Put back what was in a stage before."""
     registry = _open(path)
     try:
@@ -145,7 +145,7 @@ def rollback(name: str, stage: str, path: Path) -> None:
 @click.argument("name")
 @click.option("--stage", default="production", show_default=True)
 @_FILE
-def current(name: str, stage: str, path: Path) -> None:
+def current(name: str, stage: str, path: str) -> None:
     """Print the version that is in a stage."""
     from mergekit_lite.errors import PackError
 

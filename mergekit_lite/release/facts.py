@@ -18,7 +18,7 @@ from mergekit_lite.release.licences.table import find_licence
 from mergekit_lite.release.manifest import Entry
 from mergekit_lite.release.papers import made_by
 
-__all__ = ["card_values"]
+__all__ = ["cache_bytes", "card_values"]
 
 
 def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
         "recipe": yaml.safe_dump(_without_card(recipe), sort_keys=True) if recipe else "",
         "quantized": list(_quantized(made)),
         "plot": _plot(made),
-        "cache": _cache(draft.config),
+        "cache": _size(cached) if (cached := cache_bytes(draft.config)) else "",
         "adapters": _adapters(made),
         "files": [{"path": e.path, "size": _size(e.size)} for e in weights if e.size > 1 << 16],
         "in_transformers": made.main.kind == "merge",
@@ -139,18 +139,19 @@ def _adapters(made: Made) -> list[str]:
     )
 
 
-def _cache(config: Mapping[str, Any]) -> str:
-    """Memory that 1,024 tokens of context take, in 16 bits; empty where the config does not tell.
+def cache_bytes(config: Mapping[str, Any]) -> int:
+    """Memory that 1,024 tokens of context take, in 16 bits; 0 where the config does not tell.
 
     Two vectors (key and value) for each layer and each head that has its own.
     """
-    config = config.get("text_config") or config
-    layers, heads = config.get("num_hidden_layers"), config.get("num_attention_heads")
-    hidden = config.get("hidden_size")
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    layers, heads, hidden = (config.get(name) for name in names)
     if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
-        return ""
+        return 0
     own = config.get("num_key_value_heads") or heads
     width = config.get("head_dim") or hidden // max(heads, 1)
     if not (isinstance(own, int) and isinstance(width, int)):
-        return ""
-    return _size(2 * layers * own * width * 2 * 1024)
+        return 0
+    return 2 * layers * own * width * 2 * 1024

@@ -12,11 +12,14 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mergekit_lite.errors import PackError, nearest
 
-__all__ = ["STAGES", "Event", "Registry", "Version"]
+__all__ = [
+    "STAGES", "Event", "Registry", "SqliteRegistry", "Version", "check_promotion", "event_before",
+    "open_registry",
+]  # fmt: skip
 
 STAGES = ("canary", "staging", "production")
 _WAIT = 30.0
@@ -79,7 +82,51 @@ class Event:
     at: str
 
 
-class Registry:
+class Registry(Protocol):
+    """What keeps book of versions and stages."""
+
+    def add(
+        self, name: str, version: str, digest: str, metrics: Mapping[str, Any], card: str
+    ) -> bool:
+        """Add a version; returns whether it is new."""
+
+    def versions(self, name: str | None = None) -> list[Version]:
+        """All versions, or those of a name, in the order in which they were added."""
+
+    def promote(self, name: str, version: str, stage: str, share: float = 1.0) -> Event:
+        """Put a version into a stage."""
+
+    def rollback(self, name: str, stage: str) -> Event:
+        """Put back what was in a stage before."""
+
+    def current(self, name: str) -> dict[str, Event]:
+        """What is in each stage."""
+
+    def history(self, name: str) -> list[Event]:
+        """All that was, in order."""
+
+    def close(self) -> None:
+        """Let go of what is open."""
+
+
+def open_registry(word: str) -> Registry:
+    """A registry by its file, or by ``mlflow://HOST:PORT``.
+
+    Raises:
+        PackError: It cannot be opened.
+    """
+    if word.startswith("mlflow:"):
+        from mergekit_lite.release.mlflow import MlflowRegistry
+
+        return MlflowRegistry(word)
+    if "://" in word:
+        raise PackError(
+            f"{word}: no registry that pack knows", "Give a file, or mlflow://HOST:PORT"
+        )
+    return SqliteRegistry(Path(word))
+
+
+class SqliteRegistry:
     """Versions and stages in a file.
 
     Args:
@@ -149,15 +196,7 @@ class Registry:
         Raises:
             PackError: There is no such version or stage.
         """
-        _check_stage(stage)
-        known = [v.version for v in self.versions(name)]
-        if version not in known:
-            raise PackError(
-                f"{name} {version} is not in the registry{nearest(version, known)}",
-                "Add it first: pack registry add FOLDER",
-            )
-        if not 0 < share <= 1:
-            raise PackError(f"a share of {share:g} of the traffic is none", "Give 0 < share ≤ 1.")
+        check_promotion(name, version, stage, share, [v.version for v in self.versions(name)])
         return self._event(name, stage, version, share, "promote")
 
     def rollback(self, name: str, stage: str) -> Event:
@@ -166,13 +205,9 @@ class Registry:
         Raises:
             PackError: Nothing was there before.
         """
-        _check_stage(stage)
         with self._turn():
-            history = self._history(name, stage)
-            kept = _kept(history)
-            if len(kept) < 2:
-                raise PackError(f"{name}: nothing was in {stage} before", "See: pack registry list")
-            return self._insert(name, stage, kept[-2].version, kept[-2].share, "rollback")
+            kept = event_before(name, stage, self._history(name, stage))
+            return self._insert(name, stage, kept.version, kept.share, "rollback")
 
     def current(self, name: str) -> dict[str, Event]:
         """What is in each stage."""
@@ -214,15 +249,40 @@ class Registry:
         self._base.close()
 
 
-def _kept(history: Sequence[Event]) -> list[Event]:
-    """Promotions that were not taken back, oldest first."""
+def check_promotion(
+    name: str, version: str, stage: str, share: float, known: Sequence[str]
+) -> None:
+    """Check what is asked.
+
+    Raises:
+        PackError: There is no such stage, version or share.
+    """
+    _check_stage(stage)
+    if version not in known:
+        raise PackError(
+            f"{name} {version} is not in the registry{nearest(version, known)}",
+            "Add it first: pack registry add FOLDER",
+        )
+    if not 0 < share <= 1:
+        raise PackError(f"a share of {share:g} of the traffic is none", "Give 0 < share ≤ 1.")
+
+
+def event_before(name: str, stage: str, history: Sequence[Event]) -> Event:
+    """What was in a stage before what is there now, less what was taken back.
+
+    Raises:
+        PackError: Nothing was there before, or there is no such stage.
+    """
+    _check_stage(stage)
     stack: list[Event] = []
     for event in history:
         if event.reason == "promote":
             stack.append(event)
         elif stack:
             stack.pop()
-    return stack
+    if len(stack) < 2:
+        raise PackError(f"{name}: nothing was in {stage} before", "See: pack registry list")
+    return stack[-2]
 
 
 def _check_stage(stage: str) -> None:
