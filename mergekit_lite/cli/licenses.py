@@ -69,8 +69,8 @@ def command(
 
 def _show(judged: Judged) -> None:
     rows = [
-        [parent.name, parent.licence.id if parent.licence else parent.stated or "-",
-         parent.licence.kind if parent.licence else "not known"]
+        [parent.name, " AND ".join(one.id for one in parent.terms) or parent.stated or "-",
+         ", ".join(one.kind for one in parent.terms) or "not known"]
         for parent in judged.parents
     ]  # fmt: skip
     echo_table(["parent", "licence", "kind"], rows)

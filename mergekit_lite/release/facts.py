@@ -57,7 +57,7 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
         "licence_url": found.url if found else "",
         "parents": [
             {"name": s.parent.name, "revision": s.entry.get("revision"), "digest": s.digest,
-             "licence": s.parent.licence.id if s.parent.licence else s.parent.stated}
+             "licence": " AND ".join(one.id for one in s.parent.terms) or s.parent.stated}
             for s in sources
         ],
         "recipe": yaml.safe_dump(_without_card(recipe), sort_keys=True) if recipe else "",

@@ -9,7 +9,7 @@ from mergekit_lite.release.card import render
 from mergekit_lite.release.draft import Draft
 from mergekit_lite.release.gather import Made
 from mergekit_lite.release.licences.find import licence_files, standard_text
-from mergekit_lite.release.licences.table import Licence, find_licence
+from mergekit_lite.release.licences.table import find_licence
 from mergekit_lite.release.sources import ParentSource
 from mergekit_lite.resources import resource_folder
 
@@ -29,10 +29,10 @@ def licence_texts(draft: Draft) -> Iterator[tuple[str, bytes]]:
     found = find_licence(draft.licence) if draft.licence else None
     own: bytes | None = None
     for source, folder in zip(draft.sources, _folders(draft.sources), strict=True):
-        licence = source.parent.licence
-        for name, content in _texts(source, licence):
+        terms = source.parent.terms
+        for name, content in _texts(source):
             yield f"licenses/{folder}/{name}", content
-            if found is not None and licence is found and own is None:
+            if found is not None and terms == (found,) and own is None:
                 own = content
     if own is None and found is not None:
         own = standard_text(found)
@@ -43,13 +43,15 @@ def licence_texts(draft: Draft) -> Iterator[tuple[str, bytes]]:
         yield "LICENSE", own
 
 
-def _texts(source: ParentSource, licence: Licence | None) -> Iterator[tuple[str, bytes]]:
+def _texts(source: ParentSource) -> Iterator[tuple[str, bytes]]:
     files = licence_files(source.folder)
     for path in files:
         yield path.name, path.read_bytes()
-    standard = standard_text(licence) if licence and not files else None
-    if standard is not None:
-        yield "LICENSE", standard
+    terms = source.parent.terms if not files else ()
+    for licence in terms:
+        standard = standard_text(licence)
+        if standard is not None:
+            yield "LICENSE" if len(terms) == 1 else f"LICENSE-{licence.id}", standard
 
 
 def _folders(sources: Sequence[ParentSource]) -> list[str]:
@@ -73,7 +75,7 @@ def make_notice(draft: Draft) -> bytes:
         ],
         "parents": [
             {"name": s.parent.name,
-             "licence": s.parent.licence.title if s.parent.licence else "licence not known",
+             "licence": " and ".join(one.title for one in s.parent.terms) or "licence not known",
              "notice": _own_notice(s)}
             for s in draft.sources
         ],

@@ -16,6 +16,7 @@ import mergekit_lite
 from mergekit_lite.merge.config import to_json
 from mergekit_lite.release.draft import Draft
 from mergekit_lite.release.licences.combine import Parent
+from mergekit_lite.release.licences.expression import find_licences
 from mergekit_lite.release.licences.table import find_licence
 from mergekit_lite.release.manifest import Entry, media_type
 
@@ -48,7 +49,8 @@ def make_sbom(draft: Draft, entries: Sequence[Entry]) -> bytes:
         "pedigree": {"ancestors": [_ancestor(entry, licences) for entry in inputs]},
     }
     if licence:
-        model["licenses"] = [_licence(licence)]
+        names = [one.id for one in find_licences(licence)] or [licence]
+        model["licenses"] = [_licence(name) for name in names]
     document: dict[str, Any] = {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
@@ -93,7 +95,8 @@ def _ancestor(entry: Mapping[str, Any], licences: Mapping[str, Parent]) -> dict[
     if entry.get("revision"):
         found["version"] = entry["revision"]
     if parent is not None and (parent.licence or parent.stated):
-        found["licenses"] = [_licence(parent.licence.id if parent.licence else parent.stated)]
+        names = [licence.id for licence in parent.terms] or [parent.stated]
+        found["licenses"] = [_licence(name) for name in names]
     return found
 
 

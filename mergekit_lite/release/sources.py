@@ -34,10 +34,10 @@ class ParentSource:
     @property
     def lacks_text(self) -> bool:
         """Whether its licence wants its text to go along, and nobody has it."""
-        licence = self.parent.licence
-        if licence is None or not licence.copy or licence_files(self.folder):
+        wanted = [licence for licence in self.parent.terms if licence.copy]
+        if not wanted or licence_files(self.folder):
             return False
-        return standard_text(licence) is None
+        return any(standard_text(licence) is None for licence in wanted)
 
 
 def find_sources(
@@ -77,5 +77,6 @@ def _place(reference: str, home: Path) -> tuple[Path | None, Mapping[str, object
 
 def only_licence(sources: Sequence[ParentSource]) -> str | None:
     """The licence of all parents, if they have one and the same."""
-    ids = {s.parent.licence.id if s.parent.licence else None for s in sources}
-    return ids.pop() if len(ids) == 1 else None
+    every = {s.parent.terms for s in sources}
+    terms = every.pop() if len(every) == 1 else ()
+    return " AND ".join(licence.id for licence in terms) or None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mergekit_lite.release.licences.combine import Parent, combine
+from mergekit_lite.release.licences.expression import find_licences
 from mergekit_lite.release.licences.find import find_parent
 from mergekit_lite.release.licences.table import find_licence, licences
 
@@ -332,3 +333,34 @@ def test_texts_that_parents_lack(pack: Callable[..., Any], tmp_path: Path) -> No
     assert "the text of the licence of a" not in ran.err
     folder = tmp_path / "dist" / "Llama-3.1-x" / "release" / "1.0.0"
     assert "Version 2.0, January 2004" in (folder / "licenses" / "a" / "LICENSE").read_text()
+
+
+EXPRESSIONS = {
+    "mit": ["mit"], "MIT OR Apache-2.0": ["mit"], "Apache-2.0 AND MIT": ["apache-2.0", "mit"],
+    "gpl-3.0 OR mit": ["mit"], "llama3.1 AND (gpl-3.0 OR cc-by-4.0)": ["llama3.1", "cc-by-4.0"],
+    "GPL-3.0-only WITH Classpath-exception-2.0": ["gpl-3.0"], "mit OR made-up": ["mit"],
+    "mit AND made-up": [], "mit OR": [], "(" * 1000: [], "mit, apache-2.0": [],
+    "cc-by-nc-4.0 OR llama3.1": ["llama3.1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stated", EXPRESSIONS)
+def test_expressions(stated: str) -> None:
+    assert [licence.id for licence in find_licences(stated)] == EXPRESSIONS[stated]
+
+
+def test_several_licences_of_one_parent(tmp_path: Path) -> None:
+    """All of them bind; of alternatives the freest is taken."""
+    (tmp_path / "README.md").write_text("---\nlicense: [cc-by-sa-4.0, llama3.1]\n---\n")
+    parent, notes = find_parent("m", tmp_path, {})
+    assert [licence.id for licence in parent.terms] == ["cc-by-sa-4.0", "llama3.1"]
+    assert notes == []
+    verdict = combine([parent], "apache-2.0")
+    assert {conflict.rule for conflict in verdict.conflicts} == {
+        "released as", "further restrictions",
+    }  # fmt: skip
+    (tmp_path / "README.md").write_text("---\nlicense: Apache-2.0 OR gpl-3.0\n---\n")
+    parent, _ = find_parent("m", tmp_path, {})
+    assert combine([parent], "mit").conflicts == ()
+    both = [Parent("a", find_licence("gemma")), Parent("b", find_licence("llama3.1"))]
+    assert combine(both, "llama3.1 AND gemma", "Llama-x").conflicts == ()

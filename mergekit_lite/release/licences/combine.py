@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from mergekit_lite.errors import PackError, nearest
+from mergekit_lite.release.licences.expression import find_licences
 from mergekit_lite.release.licences.table import KEEP, Licence, find_licence
 
 __all__ = ["Conflict", "Obligation", "Parent", "Verdict", "combine"]
@@ -22,6 +23,7 @@ class Parent:
         stated: The licence as it is stated; empty if nothing is.
         kind: ``model``, ``adapter`` or ``data``.
         family: Of the model, where it is known.
+        also: More licences that hold together with the first.
     """
 
     name: str
@@ -29,6 +31,12 @@ class Parent:
     stated: str = ""
     kind: str = "model"
     family: str = ""
+    also: tuple[Licence, ...] = ()
+
+    @property
+    def terms(self) -> tuple[Licence, ...]:
+        """All its licences; none if they are not known."""
+        return () if self.licence is None else (self.licence, *self.also)
 
     @property
     def of_family(self) -> str:
@@ -106,7 +114,7 @@ def combine(
     Raises:
         PackError: Something is accepted that does not go in.
     """
-    known = [parent for parent in parents if parent.licence is not None]
+    known = [replace(p, licence=one, also=()) for p in parents for one in p.terms]
     unknown = tuple(parent for parent in parents if parent.licence is None)
     allowed = _allowed(known)
     conflicts = [
@@ -128,7 +136,7 @@ def _accept(parents: Sequence[Parent], verdict: Verdict, accepted: Mapping[str, 
         found = find_licence(key)
         names = [
             p.name for p in parents
-            if key in (p.name, p.stated) or (found is not None and p.licence is found)
+            if key in (p.name, p.stated) or (found is not None and found in p.terms)
         ]  # fmt: skip
         if not names:
             every = sorted({p.licence.id if p.licence else p.stated or p.name for p in parents})
@@ -297,9 +305,8 @@ def _shared_alike(parents: Sequence[Parent]) -> Iterator[Conflict]:
 def _released(
     parents: Sequence[Parent], released_as: str, allowed: tuple[str, ...]
 ) -> Iterator[Conflict]:
-    chosen = find_licence(released_as)
-    names = {released_as, chosen.id if chosen else released_as}
-    if allowed and not names & set(allowed):
+    chosen = {licence.id for licence in find_licences(released_as)} or {released_as}
+    if allowed and all(chosen != set(one.split(" AND ")) for one in allowed):
         binding = [p for p in parents if _licence(p).same or not _licence(p).commercial]
         clauses = "; ".join(dict.fromkeys(
             f"{_licence(p).id} ({p.name}): {_licence(p).clause}" for p in binding

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_lite.checkpoint.card import read_card
 from mergekit_lite.release.licences.combine import Parent
-from mergekit_lite.release.licences.table import Licence, find_licence, licences
+from mergekit_lite.release.licences.expression import find_licences
+from mergekit_lite.release.licences.table import Licence, licences
 from mergekit_lite.resources import resource_folder
 
 __all__ = ["Stated", "find_parent", "licence_files", "standard_text"]
@@ -47,16 +48,21 @@ def find_parent(
         kind: ``model``, ``adapter`` or ``data``.
     """
     every = [*([Stated("recipe", by_recipe)] if by_recipe else []), *_stated(folder, config)]
-    known = [(stated, found) for stated in every if (found := find_licence(stated.name))]
+    known = [(stated, found) for stated in every if (found := find_licences(stated.name))]
     notes = []
-    if len({found.id for _, found in known}) > 1:
-        said = ", ".join(f"{found.id} in its {stated.where}" for stated, found in known)
+    if len({found for _, found in known}) > 1:
+        said = ", ".join(f"{_ids(found)} in its {stated.where}" for stated, found in known)
         notes.append(
-            f"{name}: its licence is stated differently: {said}; {known[0][1].id} is taken"
+            f"{name}: its licence is stated differently: {said}; {_ids(known[0][1])} is taken"
         )
-    stated = known[0][0] if known else every[0] if every else Stated("", "")
-    licence = known[0][1] if known else None
-    return Parent(name, licence, stated.name, kind), notes
+    if not known:
+        return Parent(name, None, every[0].name if every else "", kind), notes
+    stated, (licence, *also) = known[0]
+    return Parent(name, licence, stated.name, kind, also=tuple(also)), notes
+
+
+def _ids(licences: Sequence[Licence]) -> str:
+    return " AND ".join(licence.id for licence in licences)
 
 
 def _stated(folder: Path | None, config: Mapping[str, object]) -> list[Stated]:
@@ -65,10 +71,13 @@ def _stated(folder: Path | None, config: Mapping[str, object]) -> list[Stated]:
     if folder is not None and folder.is_dir():
         card = read_card(folder)
         names = card.texts("license_name") or () if card.texts("license") == ("other",) else ()
-        found += [Stated("card", name) for name in (*names, *card.texts("license"))]
-    stated = config.get("license")
-    if isinstance(stated, str) and stated:
-        found.append(Stated("config", stated))
+        found += [Stated("card", name) for name in names]
+        stated = [name for name in card.texts("license") if name != "other"]
+        if stated:  # several hold together
+            found.append(Stated("card", " AND ".join(stated)))
+    in_config = config.get("license")
+    if isinstance(in_config, str) and in_config:
+        found.append(Stated("config", in_config))
     for path in licence_files(folder):
         text = path.read_bytes()[:_LIMIT].decode("utf-8", "replace").lower()
         plain = re.sub(r"\s+", " ", text)
@@ -76,7 +85,7 @@ def _stated(folder: Path | None, config: Mapping[str, object]) -> list[Stated]:
         named = next((row.id for row in rows if re.search(row.text, plain)), None)
         if named is not None:
             found.append(Stated(path.name, named))
-    return [stated for stated in found if stated.name != "other"]
+    return [one for one in found if one.name != "other"]
 
 
 def licence_files(folder: Path | None) -> list[Path]:

@@ -38,7 +38,7 @@ class Judged:
                 {
                     "name": parent.name,
                     "kind": parent.kind,
-                    "licence": parent.licence.id if parent.licence else None,
+                    "licence": " AND ".join(one.id for one in parent.terms) or None,
                     "stated": parent.stated,
                 }
                 for parent in self.parents
