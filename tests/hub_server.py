@@ -97,6 +97,7 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
+        self.collections: dict[str, list[str]] = {}
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
@@ -296,6 +297,44 @@ def create(server: HubServer, request: Request, _words: Mapping[str, str]) -> Re
     return _json(reply)
 
 
+def new_collection(server: HubServer, request: Request, _words: Mapping[str, str]) -> Reply:
+    """Make a collection of models."""
+    asked = json.loads(request.body)
+    slug = f"{asked['namespace']}/{asked['title'].lower().replace(' ', '-')}-{'0' * 24}"
+    if slug in server.collections:
+        return _json({"slug": slug, "error": "exists"}, 409)
+    server.collections[slug] = []
+    return _collection(server, slug)
+
+
+def collection(server: HubServer, _request: Request, words: Mapping[str, str]) -> Reply:
+    """A collection."""
+    return _collection(server, words["slug"])
+
+
+def into_collection(server: HubServer, request: Request, words: Mapping[str, str]) -> Reply:
+    """Put a model into a collection."""
+    item = json.loads(request.body)["item"]["id"]
+    if item in server.collections[words["slug"]]:
+        return _json({"error": "exists"}, 409)
+    server.collections[words["slug"]].append(item)
+    return _collection(server, words["slug"])
+
+
+def _collection(server: HubServer, slug: str) -> Reply:
+    if slug not in server.collections:
+        raise _Refusal(404, "RepoNotFound")
+    items = [
+        {"_id": str(at), "id": name, "type": "model", "position": at}
+        for at, name in enumerate(server.collections[slug])
+    ]
+    return _json({
+        "slug": slug, "title": slug, "owner": {"name": slug.partition("/")[0]}, "items": items,
+        "lastUpdated": "2026-01-01T00:00:00.000Z", "position": 1, "private": False, "theme": "blue",
+        "upvotes": 0,
+    })  # fmt: skip
+
+
 def refs(server: HubServer, _request: Request, words: Mapping[str, str]) -> Reply:
     """Branches and tags."""
     repository, _ = _commit(server, words, "main")
@@ -406,6 +445,9 @@ ROUTES: tuple[tuple[tuple[str, ...], str, Route], ...] = (
     (("GET",), rf"/api/models/{_REPO}/tree/{_REVISION}", tree),
     (("POST",), "/api/repos/create", create),
     (("POST",), "/api/validate-yaml", validate),
+    (("POST",), "/api/collections", new_collection),
+    (("GET",), r"/api/collections/(?P<slug>[\w/-]+)", collection),
+    (("POST",), r"/api/collections/(?P<slug>[\w/-]+)/items", into_collection),
     (("GET",), rf"/api/models/{_REPO}/refs", refs),
     (("POST",), rf"/api/models/{_REPO}/preupload/{_REVISION}", preupload),
     (("POST",), rf"/{_REPO}\.git/info/lfs/objects/batch", lfs_batch),

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mergekit_lite.cli.hub import planned
 from mergekit_lite.cli.options import ACCEPT, PROFILE, REASON, SIZE, accepted_licences
 from mergekit_lite.text import plain
 
 if TYPE_CHECKING:
-    from mergekit_lite.release.push import Target
+    from mergekit_lite.release.hub import HubPlan
 
 __all__ = ["command"]
 
@@ -65,7 +66,7 @@ def command(
     from mergekit_lite.release.draft import Asked
 
     asked = Asked(profile=profile, accepted=accepted_licences(accept, reasons))
-    afterwards = Afterwards(key, None if repo is None else _target(recipe, repo))
+    afterwards = Afterwards(key, None if repo is None else _plan(recipe, repo))
     KNOWN.enabled = not rehash
     check_memory(memory)
     options = Options(threads or default_threads(), memory, force=force)
@@ -93,12 +94,9 @@ def command(
         click.echo(f"sha256:{built.digest}")
 
 
-def _target(recipe: Path, repo: str) -> Target:
+def _plan(recipe: Path, repo: str) -> HubPlan:
+    from mergekit_lite.merge.lock import stated_recipe
     from mergekit_lite.methods import ALIASES, METHODS
     from mergekit_lite.recipe import read_recipe
-    from mergekit_lite.release.push import Target, check_repo
 
-    chosen = repo or read_recipe(recipe, METHODS, ALIASES).hub
-    if not chosen:
-        raise click.UsageError("say where: --push-hub ORG/NAME, or hub: ORG/NAME in the recipe")
-    return Target(check_repo(chosen))
+    return planned(repo, stated_recipe(read_recipe(recipe, METHODS, ALIASES)))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergekit_lite.cli.hub import planned
 from mergekit_lite.cli.options import (
     ACCEPT,
     PROFILE,
@@ -22,7 +22,7 @@ from mergekit_lite.text import plain
 if TYPE_CHECKING:
     from mergekit_lite.release.bundle import Release
     from mergekit_lite.release.gather import Made
-    from mergekit_lite.release.push import Pushed, Target
+    from mergekit_lite.release.push import Pushed
 
 __all__ = ["command"]
 
@@ -91,13 +91,17 @@ def command(
 
     Without NAME: what was made last. Licences that conflict stop it; see `pack licenses`.
     """
+    from mergekit_lite.cli.progress import make_progress
     from mergekit_lite.errors import PackError
+    from mergekit_lite.merge.run import default_threads
     from mergekit_lite.release.archive import pack_archive
     from mergekit_lite.release.bundle import make_release
     from mergekit_lite.release.draft import Asked
     from mergekit_lite.release.gather import gather, last_name
+    from mergekit_lite.release.hub import hub_plan
     from mergekit_lite.release.oci import write_layout
-    from mergekit_lite.release.push import describe
+    from mergekit_lite.release.push import describe, push_all
+    from mergekit_lite.release.push_oci import push_image
     from mergekit_lite.release.sign import KEYLESS, sign_release
 
     if version and bump:
@@ -110,33 +114,46 @@ def command(
         raise PackError(
             f"{key}: there is no such key", "Give the file of a private key, or sigstore"
         )
-    target = _target(repo, made.recipe, private, pull_request, dry_run)
+    if repo is None and (private or pull_request):
+        raise click.UsageError("--private and --pull-request go with --push-hub")
+    plan = None if repo is None else planned(repo, made.recipe, private)
     text = template.read_text("utf-8") if template is not None else None
     chosen = version or (_bumped(made, dist, bump) if bump else made.recipe.get("version"))
-    folder = dist / made.name / "release" / str(chosen)
-    more = target is not None or any((key, archive, oci, registry))
-    released = None
-    if not (folder / MANIFEST).is_file() or not more:
+    wanted = hub_plan(made.recipe.get("hub"))
+    parts = made.parts(per_format=wanted is not None and wanted.per_format)
+    folders = [part.releases(dist) / str(chosen) for part in parts]
+    more = plan is not None or any((key, archive, oci, registry))
+    released: list[Release] = []
+    if not all((folder / MANIFEST).is_file() for folder in folders) or not more:
         asked = Asked(chosen, text, profile, accepted_licences(accept, reasons))
         released = make_release(made, dist, Path(), asked)
-        folder = released.folder
-        for warning in released.warnings:
+        folders = [one.folder for one in released]
+        for warning in released[0].warnings:
             click.secho(plain(f"warning: {warning}"), fg="yellow", err=True)
-        for note in released.notes if not quiet else ():
+        for note in released[0].notes if not quiet else ():
             click.echo(plain(f"note: {note}"), err=True)
-    if key is not None:
-        sign_release(folder, None if key == KEYLESS else Path(key))
-    if archive is not None:
-        pack_archive(folder, folder.with_name(f"{made.name}-{chosen}.{archive}"))
-    if oci:
-        write_layout(folder, folder.with_name(f"{made.name}-{chosen}.oci"))
-    pushed = [] if target is None else [_push(folder, target, quiet or as_json)]
-    pushed += [] if registry is None else [_push_oci(folder, registry, dry_run, quiet or as_json)]
+    for part, folder in zip(parts, folders, strict=True):
+        if key is not None:
+            sign_release(folder, None if key == KEYLESS else Path(key))
+        if archive is not None:
+            pack_archive(folder, folder.with_name(f"{part.title}-{chosen}.{archive}"))
+        if oci:
+            write_layout(folder, folder.with_name(f"{part.title}-{chosen}.oci"))
+    pushed: list[Pushed] = []
+    with make_progress(quiet or as_json) as progress:
+        if plan is not None:
+            pushed += push_all(
+                folders, plan, made.name, default_threads(), progress, pull_request, dry_run
+            )
+        for part, folder in zip(parts, folders, strict=True) if registry is not None else ():
+            place = f"{registry}-{part.variant}" if part.variant else str(registry)
+            pushed.append(push_image(folder, place, default_threads(), progress, dry_run))
     if as_json:
+        first = _describe(folders[0], released[0] if released else None)
         more_data = {"pushed": [describe(one) for one in pushed]} if pushed else {}
-        click.echo(json.dumps({**_describe(folder, released), **more_data}))
+        click.echo(json.dumps({**first, **more_data}))
     elif not quiet:
-        _show(folder, released, pushed)
+        _show(folders, released, pushed)
 
 
 def _bumped(made: Made, dist: Path, bump: str) -> str:
@@ -147,43 +164,6 @@ def _bumped(made: Made, dist: Path, bump: str) -> str:
         raise click.UsageError("nothing was released yet; give the first version: --version 1.0.0")
     click.echo(plain(f"{proposal.before} → {proposal.version}: {proposal.why}"), err=True)
     return proposal.version
-
-
-def _target(
-    repo: str | None, recipe: Mapping[str, Any], private: bool, pull_request: bool, dry_run: bool
-) -> Target | None:
-    from mergekit_lite.release.push import Target, check_repo
-
-    if repo is None:
-        if private or pull_request:
-            raise click.UsageError("--private and --pull-request go with --push-hub")
-        return None
-    chosen = repo or recipe.get("hub")
-    if not chosen:
-        raise click.UsageError("say where: --push-hub ORG/NAME, or hub: ORG/NAME in the recipe")
-    return Target(check_repo(chosen), private, pull_request, dry_run)
-
-
-def _push(folder: Path, target: Target, quiet: bool) -> Pushed:
-    from mergekit_lite.cli.progress import make_progress
-    from mergekit_lite.merge.run import default_threads
-    from mergekit_lite.release.push import push_release
-
-    total = sum(entry.size for entry in read_manifest(folder / MANIFEST)[1].values())
-    with make_progress(quiet) as progress:
-        progress.begin("Check", total)
-        return push_release(folder, target, default_threads(), progress.advance)
-
-
-def _push_oci(folder: Path, registry: str, dry_run: bool, quiet: bool) -> Pushed:
-    from mergekit_lite.cli.progress import make_progress
-    from mergekit_lite.merge.run import default_threads
-    from mergekit_lite.release.push_oci import push_image
-
-    total = sum(entry.size for entry in read_manifest(folder / MANIFEST)[1].values())
-    with make_progress(quiet) as progress:
-        progress.begin("Check", total)
-        return push_image(folder, registry, default_threads(), progress.advance, dry_run)
 
 
 def _describe(folder: Path, released: Release | None) -> dict[str, Any]:
@@ -200,16 +180,17 @@ def _describe(folder: Path, released: Release | None) -> dict[str, Any]:
     }
 
 
-def _show(folder: Path, released: Release | None, pushed: list[Pushed]) -> None:
-    found = _describe(folder, released)
-    if released is not None:
+def _show(folders: list[Path], released: list[Release], pushed: list[Pushed]) -> None:
+    for one in released:
+        found = _describe(one.folder, one)
         click.echo(
             f"{found['name']} {found['version']}: {found['files']} files, "
-            f"{human_bytes(found['bytes'])}, sha256:{found['digest']} → {folder}"
+            f"{human_bytes(found['bytes'])}, sha256:{found['digest']} → {one.folder}"
         )
-    for one in pushed:
-        for path in one.removed:
+    for sent, folder in zip(pushed, [*folders, *folders], strict=False):
+        size = human_bytes(_describe(folder, None)["bytes"])
+        for path in sent.removed:
             click.echo(plain(f"removed there: {path}"))
-        sent = f", {len(one.added)} files, {human_bytes(found['bytes'])}" if one.added else ""
-        where = f" → {one.url}" if one.url else ""
-        click.echo(plain(f"{one.repo} {one.tag}{sent}: {one.done}{where}"))
+        what = f", {len(sent.added)} files, {size}" if sent.added else ""
+        where = f" → {sent.url}" if sent.url else ""
+        click.echo(plain(f"{sent.repo} {sent.tag}{what}: {sent.done}{where}"))

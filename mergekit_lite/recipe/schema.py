@@ -174,6 +174,25 @@ class CardSection(_Section):
     ] = None
 
 
+Repository = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", max_length=200)
+]
+
+
+class HubSection(_Section):
+    """Where a release goes on the Hub."""
+
+    repo: Repository
+    private: Annotated[bool, Field(description="Whether new repositories are private.")] = False
+    per_format: Annotated[
+        bool, Field(description="Whether each format has its own repository, org/name-GGUF.")
+    ] = False
+    collection: Annotated[
+        str | None,
+        Field(min_length=1, max_length=60, description="Collection that all of them are put into."),
+    ] = None
+
+
 class QuantizeEntry(_Section):
     """One quantized file that `pack build` makes."""
 
@@ -228,12 +247,8 @@ class Recipe(_Section):
         Field(description="Whether a release shows what the models changed, by layer."),
     ] = True
     hub: Annotated[
-        str | None,
-        Field(
-            pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
-            max_length=200,
-            description="Repository of the Hub that `pack release --push-hub` pushes to.",
-        ),
+        Repository | HubSection | None,
+        Field(description="Repository of the Hub that `pack release --push-hub` pushes to."),
     ] = None
     card: Annotated[
         CardSection | None, Field(description="What only you know, for the card of a release.")

@@ -21,9 +21,10 @@ from mergekit_lite.recipe import Recipe, read_recipe
 from mergekit_lite.release.bundle import make_release
 from mergekit_lite.release.draft import Asked, Draft, draft_release
 from mergekit_lite.release.gather import Made, gather
+from mergekit_lite.release.hub import HubPlan, hub_plan
 from mergekit_lite.release.licences.judge import judge_recipe
 from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
-from mergekit_lite.release.push import Target, push_release
+from mergekit_lite.release.push import push_all
 from mergekit_lite.release.sign import KEYLESS, sign_release
 from mergekit_lite.release.steps import (
     Place,
@@ -43,11 +44,11 @@ class Afterwards:
 
     Attributes:
         key: What it is signed with: a private key's file, or `KEYLESS`; None if it is not.
-        target: Where on the Hub it is pushed to; None if it is not.
+        plan: Where on the Hub it is pushed to; None if it is not.
     """
 
     key: str | None = None
-    target: Target | None = None
+    plan: HubPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,13 @@ class Built:
         steps: In order.
         digest: Of the release; None where the recipe has no version.
         warnings: What a good release would have.
+        releases: Folders of the release, and of those of its formats.
     """
 
     steps: Sequence[Step]
     digest: str | None
     warnings: Sequence[str]
+    releases: Sequence[Path] = ()
 
 
 def build(
@@ -107,7 +110,7 @@ def build(
     compared = compare_step(recipe, place)
     steps += [compared] if compared else []
     built = _release(recipe, dist, path.parent, steps, asked)
-    return _after(built, afterwards, options.threads, progress)
+    return _after(built, recipe, afterwards, options.threads, progress)
 
 
 def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
@@ -121,7 +124,7 @@ def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
             f"{path}: gives {recipe.output}, which are not quantized",
             "Leave out quantize:, or merge into a model first.",
         )
-    if recipe.version is None and (afterwards.key or afterwards.target):
+    if recipe.version is None and (afterwards.key or afterwards.plan):
         raise PackError(
             f"{path}: makes no release that could be signed or pushed", "Give it a version: 1.0.0"
         )
@@ -130,23 +133,25 @@ def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
         raise PackError(f"{key}: there is no such key", "Give a private key's file, or sigstore.")
 
 
-def _after(built: Built, afterwards: Afterwards, threads: int, progress: Progress) -> Built:
+def _after(
+    built: Built, recipe: Recipe, after: Afterwards, threads: int, progress: Progress
+) -> Built:
     """Sign and push."""
-    folder = built.steps[-1].folder
+    folders = built.releases
     steps = list(built.steps)
     began = time.monotonic()
-    if afterwards.key is not None:
-        missing = not (folder / SIGNATURE).is_file()
-        if missing:
-            sign_release(folder, None if afterwards.key == KEYLESS else Path(afterwards.key))
-        steps.append(Step("sign", missing, time.monotonic() - began, folder / SIGNATURE))
+    if after.key is not None:
+        missing = [folder for folder in folders if not (folder / SIGNATURE).is_file()]
+        for folder in missing:
+            sign_release(folder, None if after.key == KEYLESS else Path(after.key))
+        seconds = time.monotonic() - began
+        steps.append(Step("sign", bool(missing), seconds, folders[0] / SIGNATURE))
     began = time.monotonic()
-    if afterwards.target is not None:
-        entries = read_manifest(folder / MANIFEST)[1]
-        progress.begin("Check", sum(entry.size for entry in entries.values()))
-        pushed = push_release(folder, afterwards.target, threads, progress.advance)
-        where = Path(f"{pushed.repo}@{pushed.tag}")
-        steps.append(Step("push", bool(pushed.added), time.monotonic() - began, where))
+    if after.plan is not None:
+        pushed = push_all(folders, after.plan, str(recipe.name), threads, progress)
+        where = Path(f"{pushed[0].repo}@{pushed[0].tag}")
+        sent = any(one.added for one in pushed)
+        steps.append(Step("push", sent, time.monotonic() - began, where))
     return replace(built, steps=steps)
 
 
@@ -155,15 +160,20 @@ def _release(recipe: Recipe, dist: Path, home: Path, steps: list[Step], asked: A
     made = replace(gather(dist, str(recipe.name)), stated=stated_recipe(recipe))
     wanted = {step.folder.name for step in steps}
     made = replace(made, artifacts=[a for a in made.artifacts if a.folder.name in wanted])
-    folder = dist / made.name / "release" / str(recipe.version)
-    name = f"release {recipe.version}"
-    if (folder / MANIFEST).is_file():
-        _check_same(folder, made, draft_release(made, home, str(recipe.version), asked))
-        digest = read_manifest(folder / MANIFEST)[2]
-        return Built([*steps, Step(name, False, time.monotonic() - began, folder)], digest, [])
+    version = str(recipe.version)
+    plan = hub_plan(made.recipe.get("hub"))
+    parts = made.parts(per_format=plan is not None and plan.per_format)
+    folders = [part.releases(dist) / version for part in parts]
+    name = f"release {version}"
+    if all((folder / MANIFEST).is_file() for folder in folders):
+        for part, folder in zip(parts, folders, strict=True):
+            _check_same(folder, part, draft_release(part, home, version, asked))
+        digest = read_manifest(folders[0] / MANIFEST)[2]
+        step = Step(name, False, time.monotonic() - began, folders[0])
+        return Built([*steps, step], digest, [], folders)
     released = make_release(made, dist, home, asked)
-    step = Step(name, True, time.monotonic() - began, released.folder)
-    return Built([*steps, step], released.digest, released.warnings)
+    step = Step(name, True, time.monotonic() - began, released[0].folder)
+    return Built([*steps, step], released[0].digest, released[0].warnings, folders)
 
 
 def _check_same(folder: Path, made: Made, draft: Draft) -> None:

@@ -22,6 +22,7 @@ from mergekit_lite.release.card import render_card, standard_template
 from mergekit_lite.release.draft import TEMPLATE, Asked, Draft, draft_release
 from mergekit_lite.release.facts import card_values
 from mergekit_lite.release.gather import Made
+from mergekit_lite.release.hub import hub_plan
 from mergekit_lite.release.manifest import Entry, make_manifest
 from mergekit_lite.release.papers import licence_texts, make_notice
 from mergekit_lite.release.provenance import make_provenance
@@ -55,7 +56,7 @@ class Release:
     warnings: Sequence[str]
 
 
-def make_release(made: Made, dist: Path, home: Path, asked: Asked) -> Release:
+def make_release(made: Made, dist: Path, home: Path, asked: Asked) -> list[Release]:
     """Make a release, which appears when it is whole.
 
     Args:
@@ -64,11 +65,23 @@ def make_release(made: Made, dist: Path, home: Path, asked: Asked) -> Release:
         home: Folder that relative paths of locks and recipe start from.
         asked: What the recipe does not say.
 
+    Returns:
+        It; and after it one for each format that is to have a repository of its own.
+
     Raises:
         PackError: Licences conflict, the version exists, or something is missing.
     """
-    releases = dist / made.name / "release"
-    version = _version(made, releases, asked)
+    plan = hub_plan(made.recipe.get("hub"))
+    parts = made.parts(per_format=plan is not None and plan.per_format)
+    version = _version(made, made.releases(dist), asked)
+    for part in parts:
+        _refuse_version(part, dist, version)
+    drafts = [draft_release(part, home, version, asked) for part in parts]
+    return [_write(draft, draft.made.releases(dist) / version) for draft in drafts]
+
+
+def _refuse_version(made: Made, dist: Path, version: str) -> None:
+    releases = made.releases(dist)
     folder = releases / version
     if folder.exists():
         proposal = propose(releases, made)
@@ -79,7 +92,10 @@ def make_release(made: Made, dist: Path, home: Path, asked: Asked) -> Release:
             f"{proposal.version}.",
         )
     refuse_existing(folder, force=False)
-    draft = draft_release(made, home, version, asked)
+
+
+def _write(draft: Draft, folder: Path) -> Release:
+    made, version = draft.made, draft.version
     with new_folder(folder) as partial:
         writer = ReleaseWriter(partial, folder)
         for artifact in made.artifacts:
@@ -87,10 +103,10 @@ def make_release(made: Made, dist: Path, home: Path, asked: Asked) -> Release:
                 path = made.place(artifact, entry.path)
                 writer.link(artifact.folder / entry.path, Entry(path, entry.size, entry.sha256))
         _papers(draft, writer)
-        manifest = make_manifest(made.name, version, writer.entries)
+        manifest = make_manifest(made.title, version, writer.entries)
         writer.seal(manifest)
     digest = hashlib.sha256(manifest).hexdigest()
-    return Release(folder, made.name, version, digest, writer.entries, draft.notes, draft.warnings)
+    return Release(folder, made.title, version, digest, writer.entries, draft.notes, draft.warnings)
 
 
 def _version(made: Made, releases: Path, asked: Asked) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mergekit_lite.errors import PackError
 from mergekit_lite.release.gather import Made
+from mergekit_lite.release.hub import HubPlan, hub_plan
 from mergekit_lite.release.licences.combine import Verdict, combine
 from mergekit_lite.release.profiles import PROFILES, Profile, lacking
 from mergekit_lite.release.sources import ParentSource, find_sources, only_licence
@@ -66,6 +67,11 @@ class Draft:
     warnings: Sequence[str]
 
     @property
+    def hub(self) -> HubPlan | None:
+        """Where the recipe wants it on the Hub; None if it says nothing."""
+        return hub_plan(self.recipe.get("hub"))
+
+    @property
     def card(self) -> Mapping[str, Any]:
         """What the author says."""
         found: Mapping[str, Any] = self.recipe.get("card") or {}
@@ -80,7 +86,7 @@ class Draft:
     @property
     def config(self) -> Mapping[str, Any]:
         """Contents of the model's config.json; empty where it has none."""
-        path = self.made.main.folder / "config.json"
+        path = self.made.model.folder / "config.json"
         found: Any = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         return found if isinstance(found, dict) else {}
 
@@ -100,9 +106,9 @@ def draft_release(made: Made, home: Path, version: str, asked: Asked) -> Draft:
     recipe = dict(made.recipe)
     accepted = {**(recipe.get("accept_licenses") or {}), **asked.accepted}
     profile = PROFILES[asked.profile or recipe.get("profile") or "community"]
-    sources, notes = find_sources(made, home, recipe.get("licenses") or {})
+    sources, notes = find_sources(made.whole or made, home, recipe.get("licenses") or {})
     licence = recipe.get("license") or only_licence(sources)
-    verdict = combine([s.parent for s in sources], licence, made.name, accepted)
+    verdict = combine([s.parent for s in sources], licence, made.title, accepted)
     template = asked.template or _template(recipe, home)
     if recipe:
         recipe |= {"version": version, **_made(made, recipe)}
@@ -126,12 +132,13 @@ def draft_release(made: Made, home: Path, version: str, asked: Asked) -> Draft:
 
 def _made(made: Made, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe must ask for to give these results, however they were made."""
-    schemes = [a.lock["scheme"] for a in made.artifacts if a.kind == "quantize"]
+    every = (made.whole or made).artifacts
+    schemes = [a.lock["scheme"] for a in every if a.kind == "quantize"]
     stated = [entry["scheme"] for entry in recipe.get("quantize") or []]
     asked: dict[str, Any] = {}
     if sorted(schemes) != sorted(stated):
         asked["quantize"] = [{"to": "gguf", "scheme": scheme} for scheme in sorted(schemes)] or None
-    if not any(artifact.kind == "compare" for artifact in made.artifacts):
+    if not any(artifact.kind == "compare" for artifact in every):
         asked["compare"] = False
     return asked
 

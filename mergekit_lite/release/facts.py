@@ -35,6 +35,8 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
          "ethics", "citation", "authors", "contact"), None
     ) | dict(draft.card)  # fmt: skip
     bases = [s.parent.name for s in sources if s.entry.get("revision")]
+    if made.variant and draft.hub is not None:
+        bases = [draft.hub.repo]
     kinds = {artifact.kind for artifact in made.artifacts}
     relation = "merge" if "merge" in kinds else "quantized" if kinds == {"quantize"} else "adapter"
     ggufs = [entry.path for entry in weights if entry.path.endswith(".gguf")]
@@ -45,7 +47,7 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "front_matter": head,
-        "name": made.name,
+        "name": made.title,
         "version": version,
         "card": card,
         "display": [o.what for o in verdict.obligations if o.kind == "display"],
@@ -69,6 +71,7 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
         "in_transformers": made.main.kind == "merge",
         "kind": made.main.kind,
         "ggufs": ggufs,
+        "siblings": list(_siblings(draft)),
         "accepted": list(verdict.accepted),
         "obligations": [
             o.what for o in verdict.obligations if o.kind not in ("display", "prefix", "not_first")
@@ -76,11 +79,22 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _siblings(draft: Draft) -> Iterator[dict[str, str]]:
+    """The other repositories of this release."""
+    plan, whole = draft.hub, draft.made.whole
+    if plan is None or whole is None:
+        return
+    for part in whole.parts(per_format=True):
+        if part.variant != draft.made.variant:
+            what = f"in {part.variant.upper()}" if part.variant else "the model itself"
+            yield {"what": what, "repo": plan.repo_of(part.variant)}
+
+
 def _parameters(made: Made) -> str:
     """How many weights the model has, from headers; nothing where it is no whole model."""
-    if made.main.kind != "merge":
+    if made.model.kind != "merge":
         return ""
-    checkpoint = open_checkpoint(str(made.main.folder), Path()).checkpoint
+    checkpoint = open_checkpoint(str(made.model.folder), Path()).checkpoint
     try:
         return size_label(sum(checkpoint.spec(name).elements for name in checkpoint.names()))
     finally:

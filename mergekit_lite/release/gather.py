@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,44 @@ class Made:
         name: Theirs.
         artifacts: Sorted, the model or adapter itself first.
         stated: The recipe as it stands now; None for that of the locks.
+        variant: Format of a release that holds one format alone, ``gguf``; empty otherwise.
+        whole: All that was made, where this is a part of it.
     """
 
     name: str
     artifacts: Sequence[Artifact]
     stated: Mapping[str, Any] | None = None
+    variant: str = ""
+    whole: Made | None = None
+
+    @property
+    def title(self) -> str:
+        """What a release of it is called."""
+        return f"{self.name}-{self.variant.upper()}" if self.variant else self.name
+
+    @property
+    def model(self) -> Artifact:
+        """The model or adapter itself, also of a part."""
+        return (self.whole or self).main
+
+    def releases(self, dist: Path) -> Path:
+        """Folder of the releases of it, a folder for each version."""
+        return dist / self.name / (f"release-{self.variant}" if self.variant else "release")
+
+    def parts(self, per_format: bool) -> list[Made]:
+        """What is released together: all in one, or the model and each format by itself."""
+        formats = sorted(
+            {str(a.lock.get("format")) for a in self.artifacts if a.kind == "quantize"}
+        )
+        rest = [a for a in self.artifacts if a.kind != "quantize"]
+        if not (per_format and formats and rest):
+            return [self]
+        main = replace(self, artifacts=rest, whole=self)
+        return [main, *(
+            replace(self, variant=one, whole=self,
+                    artifacts=[a for a in self.artifacts if a.lock.get("format") == one])
+            for one in formats
+        )]  # fmt: skip
 
     @property
     def main(self) -> Artifact:
@@ -69,6 +102,8 @@ class Made:
 
     def place(self, artifact: Artifact, path: str) -> str:
         """Where a file lies in a release: the model itself at the top, so that programs load it."""
+        if self.variant:
+            return path
         if artifact is self.main:  # a bundle's own page gives way to the card
             return "ADAPTERS.md" if path == "README.md" else path
         return f"{artifact.lock.get('format', artifact.folder.name)}/{path}"
@@ -78,17 +113,17 @@ class Made:
         lock = {key: value for key, value in artifact.lock.items() if key != "version"}
         if isinstance(lock.get("recipe"), dict):
             lock["recipe"] = weighing(lock["recipe"])
-        if artifact is not self.main:
+        if artifact is not self.model:
             lock["inputs"] = [
-                {**source, "model": self.main.folder.name} if self._is_main(source) else source
+                {**source, "model": self.model.folder.name} if self._is_main(source) else source
                 for source in lock.get("inputs", [])
             ]
-            if Path(str(lock.get("model", ""))).name == self.main.folder.name:
-                lock["model"] = self.main.folder.name
+            if Path(str(lock.get("model", ""))).name == self.model.folder.name:
+                lock["model"] = self.model.folder.name
         return lock
 
     def _is_main(self, source: Mapping[str, Any]) -> bool:
-        made = {entry.sha256 for entry in self.main.files}
+        made = {entry.sha256 for entry in self.model.files}
         return {file["sha256"] for file in source["files"]} <= made
 
     @property
@@ -96,7 +131,7 @@ class Made:
         """The recipe that it was made by; empty where there was none."""
         if self.stated is not None:
             return self.stated
-        found = (a.lock.get("recipe") for a in self.artifacts)
+        found = (a.lock.get("recipe") for a in (self.whole or self).artifacts)
         return next((recipe for recipe in found if isinstance(recipe, dict)), {})
 
 

@@ -67,7 +67,7 @@ def _folders(sources: Sequence[ParentSource]) -> list[str]:
 def make_notice(draft: Draft) -> bytes:
     """Lines that licences want, what was changed, and the parents' own notices."""
     values = {
-        "name": draft.made.name,
+        "name": draft.made.title,
         "made_by": made_by(draft.made),
         "wanted": [
             o.what for o in draft.verdict.obligations
@@ -96,10 +96,10 @@ def _own_notice(source: ParentSource) -> str:
 def made_by(made: Made) -> str:
     """How it was made, in words."""
     recipe = made.recipe
-    if made.main.kind == "adapters":
+    if made.model.kind == "adapters":
         return "packing adapters beside their base"
     if recipe:
         return f"merging with {recipe['merge_method']}"
     return {"quantize": "quantizing", "extract": "extracting an adapter"}.get(
-        made.main.kind, "merging"
+        made.model.kind, "merging"
     )

@@ -8,8 +8,7 @@ there already is not made twice, a tag of the same content is fine, of another a
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,22 @@ from typing import Any
 import yaml
 
 from mergekit_lite.errors import PackError
+from mergekit_lite.merge.run import Progress
+from mergekit_lite.release.hub import HubPlan
 from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
 from mergekit_lite.release.profiles import PROFILES
 from mergekit_lite.release.secrets import find_secrets
 from mergekit_lite.release.verify import Checked, verify_release
 
-__all__ = ["Pushed", "Target", "check_before_leaving", "check_repo", "describe", "push_release"]
+__all__ = [
+    "Pushed",
+    "Target",
+    "check_before_leaving",
+    "collect",
+    "describe",
+    "push_all",
+    "push_release",
+]
 
 _KEPT = frozenset({".gitattributes"})
 
@@ -97,17 +106,6 @@ def push_release(
         raise _explained(error, target) from None
 
 
-def check_repo(name: str) -> str:
-    """The name of a repository, if it can be one.
-
-    Raises:
-        PackError: It cannot.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        raise PackError(f"'{name}' is no repository of the Hub", "Write ORG/NAME.")
-    return name
-
-
 def check_before_leaving(
     folder: Path, threads: int, progress: Callable[[int], None] = lambda _: None
 ) -> Checked:
@@ -134,6 +132,64 @@ def check_before_leaving(
             f"{folder}: is for production, and not signed", "Sign it: pack release --sign KEY"
         )
     return found
+
+
+def push_all(
+    folders: Sequence[Path],
+    plan: HubPlan,
+    name: str,
+    threads: int,
+    progress: Progress,
+    pull_request: bool = False,
+    dry_run: bool = False,
+) -> list[Pushed]:
+    """Push a release, and those of its formats into their own repositories.
+
+    Args:
+        folders: Of the releases, the model's first.
+        plan: Where they go.
+        name: Of the release of the model.
+        threads: For checking them.
+        progress: Told how far it is.
+        pull_request: See `Target`.
+        dry_run: See `Target`.
+
+    Raises:
+        PackError: One of them cannot be pushed; those before it are there.
+    """
+    documents = [read_manifest(folder / MANIFEST) for folder in folders]
+    progress.begin("Check", sum(e.size for _, entries, _ in documents for e in entries.values()))
+    done = []
+    for folder, (document, _, _) in zip(folders, documents, strict=True):
+        variant = str(document["name"]).removeprefix(name).removeprefix("-")
+        target = Target(plan.repo_of(variant), plan.private, pull_request, dry_run)
+        done.append(push_release(folder, target, threads, progress.advance))
+    if plan.collection and not dry_run and not pull_request:
+        collect(plan.collection, [one.repo for one in done], plan.private)
+    return done
+
+
+def collect(title: str, repos: Sequence[str], private: bool) -> str:
+    """Put repositories into a collection of their owner, which is made if it is not there.
+
+    Returns:
+        Its address.
+
+    Raises:
+        PackError: The Hub refused; the repositories are as they were pushed.
+    """
+    from huggingface_hub import HfApi
+
+    api: Any = HfApi()
+    try:
+        made = api.create_collection(
+            title, namespace=repos[0].partition("/")[0], private=private, exists_ok=True
+        )
+        for repo in repos:
+            made = api.add_collection_item(made.slug, repo, item_type="model", exists_ok=True)
+    except Exception as error:  # whatever the client raises
+        raise _explained(error, Target(f"collection '{title}'")) from None
+    return str(made.url)
 
 
 def _wants_signature(folder: Path) -> bool:

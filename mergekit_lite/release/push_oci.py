@@ -10,12 +10,13 @@ import logging
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mergekit_lite.errors import PackError
+from mergekit_lite.merge.run import Progress
 from mergekit_lite.release.oci import Blob, Image, describe_image
 from mergekit_lite.release.push import Pushed, check_before_leaving
 
@@ -37,7 +38,7 @@ def push_image(
     folder: Path,
     target: str,
     threads: int,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Progress,
     dry_run: bool = False,
 ) -> Pushed:
     """Push a release.
@@ -47,7 +48,7 @@ def push_image(
         target: ``REGISTRY/NAME``; the version becomes the tag. A registry on this machine is spoken
             to over http, others over https; who may push is taken from docker's configuration.
         threads: For checking the release.
-        progress: Told the bytes that were checked.
+        progress: Told how far it is.
         dry_run: Whether to tell only what would happen.
 
     Raises:
@@ -60,8 +61,9 @@ def push_image(
             "Write REGISTRY/NAME, the name in small letters, for example ghcr.io/org/model; the "
             "version becomes the tag.",
         )
-    check_before_leaving(folder, threads, progress)
     image = describe_image(folder)
+    progress.begin("Check", sum(blob.size for blob in image.blobs))
+    check_before_leaving(folder, threads, progress.advance)
     names = tuple(blob.name for blob in image.blobs if blob.name)
     if dry_run:
         return Pushed(target, image.tag, None, "", names, (), "nothing was sent (--dry-run)")

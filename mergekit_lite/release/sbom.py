@@ -30,7 +30,7 @@ def make_sbom(draft: Draft, entries: Sequence[Entry]) -> bytes:
         draft: The release.
         entries: Its files that the bill lists.
     """
-    name, version, licence = draft.made.name, draft.version, draft.licence
+    name, version, licence = draft.made.title, draft.version, draft.licence
     inputs = [source.entry for source in draft.sources]
     parents = [source.parent for source in draft.sources]
     architecture = draft.architecture

@@ -126,7 +126,7 @@ def _change(before: Path, made: Made) -> tuple[str, str]:
         {a.folder.name: a.lock for a in made.artifacts}, base
     ):
         return "major", "the base model changed"
-    if _architecture(before) != _architecture(made.main.folder):
+    if _architecture(before) != _architecture(made.model.folder):
         return "major", "the architecture changed"
     old = {(name, o["path"], o["sha256"]) for name, lock in locks.items() for o in lock["outputs"]}
     new = {(a.folder.name, e.path, e.sha256) for a in made.artifacts for e in a.files}

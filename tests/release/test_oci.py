@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mergekit_lite.cli.progress import make_progress
 from mergekit_lite.errors import PackError
 from mergekit_lite.release.push_oci import push_image
 from tests.conftest import digests
@@ -18,6 +19,7 @@ from tests.oci_registry import OciRegistry
 from tests.release.test_release import _models, _recipe
 
 Pack = Callable[..., Any]
+SILENT = make_progress(True)
 
 
 @pytest.fixture
@@ -153,7 +155,7 @@ def test_large_files_in_pieces(home: Path, tmp_path: Path, monkeypatch: pytest.M
     """A file that is larger than what is held at a time arrives whole."""
     monkeypatch.setattr("mergekit_lite.release.push_oci._CHUNK", 1000)
     with OciRegistry(tmp_path / "registry") as registry:
-        done = push_image(_release(home), f"{registry.host}/org/mine", 2)
+        done = push_image(_release(home), f"{registry.host}/org/mine", 2, SILENT)
         assert "model.safetensors" in done.added
         stored = tmp_path / "registry" / "content"
         weights = (_release(home) / "model.safetensors").read_bytes()
@@ -169,7 +171,7 @@ def test_who_may_push(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with OciRegistry(tmp_path / "registry", password=True) as registry:
         target = f"{registry.host}/org/mine"
         with pytest.raises(PackError, match="the registry refuses you"):
-            push_image(_release(home), target, 2)
+            push_image(_release(home), target, 2, SILENT)
         (tmp_path / ".docker").mkdir()
         (tmp_path / ".docker" / "config.json").write_text(json.dumps(registry.docker_config()))
-        assert push_image(_release(home), target, 2).done.startswith("released")
+        assert push_image(_release(home), target, 2, SILENT).done.startswith("released")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mergekit_lite.release.secrets import find_secrets
-from tests.conftest import Ran, digests, pack_process
+from tests.conftest import ROOT, Ran, digests, pack_process
 from tests.hub_server import Fault, HubServer
 from tests.release.test_release import _models, _recipe
 
@@ -252,3 +253,46 @@ def test_a_build_that_pushes(hub: HubServer, run: Run, home: Path) -> None:
     ran = run("build", _recipe(home, version=None), "--push-hub", REPO)
     assert ran.code == 1
     assert "makes no release" in ran.err
+
+
+def test_a_repository_for_each_format(
+    hub: HubServer, run: Run, home: Path, example_models: Path
+) -> None:
+    """Each is a release of its own that names the other; a collection holds both."""
+    plan = {"repo": REPO, "per_format": True, "collection": "Mine"}
+    (home / "examples").mkdir()
+    (home / "examples" / "models").symlink_to(example_models)
+    document = yaml.safe_load((ROOT / "recipes" / "ties-release.yaml").read_text())
+    recipe = home / "formats.yaml"
+    recipe.write_text(yaml.safe_dump({**document, "hub": plan, "quantize": [{"scheme": "q8_0"}]}))
+    ran = run("build", recipe, "--push-hub", "--json")
+    assert ran.code == 0, ran.err
+    main, quantized = (
+        hub.repositories[repo].commits[hub.repositories[repo].refs["v1.0.0"]]
+        for repo in (REPO, f"{REPO}-GGUF")
+    )
+    assert not [name for name in main if name.endswith(".gguf")]
+    assert [name for name in quantized if name.endswith(".gguf")] == ["ties-release-Q8_0.gguf"]
+    assert "model.safetensors" not in quantized
+    assert f"https://huggingface.co/{REPO}-GGUF" in main["README.md"].decode()
+    card = quantized["README.md"].decode()
+    assert "# ties-release-GGUF 1.0.0" in card
+    assert f"[the model itself](https://huggingface.co/{REPO})" in card
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["base_model"] == [REPO]
+    assert head["base_model_relation"] == "quantized"
+    assert head["library_name"] == "gguf"
+    assert list(hub.collections.values()) == [[REPO, f"{REPO}-GGUF"]]
+    for name in ("release", "release-gguf"):
+        folder = home / "dist" / "ties-release" / name / "1.0.0"
+        assert run("verify", folder).code == 0
+        ran = run("reproduce", folder)
+        assert ran.code == 0, ran.err
+    ran = run("verify", f"{REPO}-GGUF@v1.0.0")
+    assert ran.code == 0, ran.err
+    ran = run("build", recipe, "--push-hub")
+    assert "nothing was to be done" in ran.out
+    ran = run("release", "ties-release", "--push-hub")
+    assert ran.code == 0, ran.err
+    assert ran.out.count("it was there already") == 2
+    assert list(hub.collections.values()) == [[REPO, f"{REPO}-GGUF"]]
