@@ -47,6 +47,7 @@ bench: $(STAMP) ## Measure against peers (about 45 minutes, 18 GB of disk)
 	@$(BIN)/python -m benchmarks.merge
 	@$(BIN)/python -m benchmarks.adapters
 	@$(BIN)/python -m benchmarks.gguf
+	@$(BIN)/python -m benchmarks.release
 
 clean: ## Remove what the targets above made
 	rm -rf $(VENV) examples/models benchmarks/work dist build
