@@ -1,7 +1,7 @@
 """Measure what a release costs beyond its weights: `python -m benchmarks.release`.
 
-Two things. How fast the files of a release are hashed when it is verified, over what hashlib does on
-as many cores, measured in the same minute; and how many bytes are read when a release is made of
+Two things. How fast the files of a release are hashed when it is verified, over what hashlib does
+on as many cores, measured in the same minute; and how many bytes are read when a release is made of
 what was merged, whose digests are known. README.md beside this file explains the columns.
 """
 
