@@ -3,7 +3,8 @@
 The wheel's shared object exports the C interface of llama.cpp, reached here through ctypes. It runs
 in a process of its own, so that a crash in it is an error message: ``python -m exporters.gguf.llama
 MODEL REQUEST RESULT``. REQUEST is JSON: ``texts`` to be tokenized; ``tokens`` whose logits are
-wanted, or None for those of the first text. RESULT is an npz.
+wanted, or None for those of the first text; ``windows``, of each of which the logits are wanted by
+itself. RESULT is an npz.
 
 Structures that llama.cpp passes by value are handed on as they come, in more room than they need.
 """
@@ -15,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import PackError
 from mergekit_lite.kernels.blocks.ggml import shared_object
 
-__all__ = ["Answer", "ask", "version"]
+__all__ = ["Answer", "ask", "ask_windows", "version"]
 
 _TIMEOUT = 1800
 
@@ -62,9 +64,35 @@ def ask(model: Path, texts: Sequence[str], tokens: Sequence[int] | None = None) 
     Raises:
         PackError: llama.cpp cannot load or run it.
     """
+    found = _asked(model, {"texts": list(texts), "tokens": tokens, "windows": []})
+    ends = np.cumsum(found["counts"])[:-1]
+    parts = [part.tolist() for part in np.split(found["tokens"], ends)]
+    return Answer(parts if texts else [], found["logits"])
+
+
+def ask_windows(model: Path, windows: Sequence[Sequence[int]]) -> tuple[Array, float]:
+    """Let llama.cpp compute the logits of windows, each by itself.
+
+    Args:
+        model: The file, or the first part of one that is split.
+        windows: Token ids, all of one length.
+
+    Returns:
+        ``(windows, tokens, vocabulary)`` float32, and the seconds that computing took.
+
+    Raises:
+        PackError: llama.cpp cannot load or run it.
+    """
+    asked = {"texts": [], "tokens": [], "windows": [list(window) for window in windows]}
+    found = _asked(model, asked)
+    return found["windows"], float(found["seconds"])
+
+
+def _asked(model: Path, asked: dict[str, Any]) -> dict[str, Array]:
+    """Run this module in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="pack-") as folder:
         request, result = Path(folder) / "request.json", Path(folder) / "result.npz"
-        request.write_text(json.dumps({"texts": list(texts), "tokens": tokens}))
+        request.write_text(json.dumps(asked))
         words = [
             sys.executable,
             "-m",
@@ -89,9 +117,7 @@ def ask(model: Path, texts: Sequence[str], tokens: Sequence[int] | None = None) 
                 "Please report this; --no-verify writes the file all the same.",
             )
         with np.load(result) as found:
-            ends = np.cumsum(found["counts"])[:-1]
-            parts = [part.tolist() for part in np.split(found["tokens"], ends)]
-            return Answer(parts if texts else [], found["logits"])
+            return dict(found)
 
 
 class _Opaque(ctypes.Structure):
@@ -122,6 +148,7 @@ def _library() -> Any:
         ("llama_batch_get_one", _Batch, pointer, number),
         ("llama_decode", number, pointer, _Batch),
         ("llama_get_logits", pointer, pointer),
+        ("llama_free", None, pointer),
     ):  # fmt: skip
         function = getattr(lib, str(name))
         function.restype, function.argtypes = result, arguments
@@ -138,8 +165,12 @@ def _answer(model: str, request: dict[str, Any], result: str) -> None:
     texts = [_tokenize(lib, vocabulary, text) for text in request["texts"]]
     wanted = request["tokens"] if request["tokens"] is not None else texts[0]
     logits = _logits(lib, loaded, vocabulary, wanted)
+    began = time.monotonic()
+    windows = [_window(lib, loaded, vocabulary, ids) for ids in request["windows"]]
     np.savez(
         result,
+        windows=np.array(windows, np.float32),
+        seconds=np.array(time.monotonic() - began),
         counts=np.array([len(ids) for ids in texts], np.int64),
         tokens=np.array([i for ids in texts for i in ids], np.int64),
         logits=logits,
@@ -169,6 +200,35 @@ def _logits(lib: Any, loaded: Any, vocabulary: Any, tokens: Sequence[int]) -> Ar
             raise SystemExit("error: llama.cpp cannot compute the model")
         pointer = ctypes.cast(lib.llama_get_logits(context), ctypes.POINTER(ctypes.c_float))
         row[:] = np.ctypeslib.as_array(pointer, (width,))
+    return rows
+
+
+def _window(lib: Any, loaded: Any, vocabulary: Any, ids: Sequence[int]) -> Array:
+    """Logits of every token of a window, in a context of its own."""
+    width, count = lib.llama_n_vocab(vocabulary), len(ids)
+    parameters = lib.llama_context_default_params()
+    # The first three numbers: tokens of the context, of a batch, and of a batch in one go.
+    ctypes.memmove(
+        ctypes.byref(parameters), (ctypes.c_uint32 * 3)(count, count, min(count, 512)), 12
+    )
+    context = lib.llama_init_from_model(loaded, parameters)
+    if not context:
+        raise SystemExit("error: llama.cpp cannot make a context for the model")
+    one = ctypes.pointer(ctypes.c_int32(0))
+    arrays = (
+        (ctypes.c_int32 * count)(*ids),
+        (ctypes.c_int32 * count)(*range(count)),
+        (ctypes.c_int32 * count)(*[1] * count),
+        (ctypes.POINTER(ctypes.c_int32) * count)(*[one] * count),
+        (ctypes.c_int8 * count)(*[1] * count),
+    )
+    tokens, positions, counts, sequences, wanted = (ctypes.addressof(a) for a in arrays)
+    batch = _Batch(count, tokens, None, positions, counts, sequences, wanted)
+    if lib.llama_decode(context, batch) != 0:
+        raise SystemExit("error: llama.cpp cannot compute the model")
+    pointer = ctypes.cast(lib.llama_get_logits(context), ctypes.POINTER(ctypes.c_float))
+    rows: Array = np.ctypeslib.as_array(pointer, (count, width)).copy()
+    lib.llama_free(context)
     return rows
 
 

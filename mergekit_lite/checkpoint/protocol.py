@@ -191,10 +191,12 @@ class Checkpoint(ABC):
         spec = reader.spec
         wanted = rows or Rows(0, spec.rows)
         try:
-            for index in range(reader.passes):
+            index = 0
+            while index < reader.passes:  # a pass may show that another one is needed
                 for chunk in spec.chunks():
                     reader.observe(index, chunk)
                 reader.settle(index)
+                index += 1
             out = np.empty(wanted.size * spec.columns, spec.dtype.storage)
             if out.size:
                 reader.read(wanted, out)

@@ -24,6 +24,7 @@ COMMANDS = {
     "build": "Do all that a recipe asks for: merge, quantize, release, sign, push.",
     "merge": "Merge models as a recipe says, or adapters into a base.",
     "quantize": "Quantize a model, an adapter on its base, or a recipe, to GGUF.",
+    "eval": "Measure models on text: perplexity, and distance from a reference.",
     "extract": "Make an adapter of what a fine-tune changed in its base.",
     "adapters": "Package adapters beside their base, for switching while it runs.",
     "release": "Release what was made: card, licences, bill of materials, manifest.",
