@@ -95,6 +95,7 @@ def _asked(model: Path, asked: dict[str, Any]) -> dict[str, Array]:
         request.write_text(json.dumps(asked))
         words = [
             sys.executable,
+            "-P",
             "-m",
             "exporters.gguf.llama",
             str(model),

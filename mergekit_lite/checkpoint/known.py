@@ -15,7 +15,9 @@ import re
 import time
 from pathlib import Path
 
-__all__ = ["KNOWN", "KnownDigests"]
+from mergekit_lite.checkpoint.digest import sha256_of
+
+__all__ = ["KNOWN", "KnownDigests", "known_sha256"]
 
 _SETTLED_NS = 2 * 10**9
 
@@ -64,3 +66,13 @@ class KnownDigests:
 
 KNOWN = KnownDigests()
 """The digests of this user."""
+
+
+def known_sha256(path: Path) -> str:
+    """The digest of a file: as remembered of this state of it, else computed and remembered."""
+    stat = path.stat()
+    found = KNOWN.find(stat)
+    if found is None:
+        found = sha256_of(path)
+        KNOWN.note(stat, found)
+    return found

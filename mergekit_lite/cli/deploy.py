@@ -10,6 +10,8 @@ from mergekit_lite.text import plain
 
 __all__ = ["command"]
 
+_OWN = Path("dist/registry.sqlite")
+
 
 @click.command("deploy", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("release", type=click.Path(path_type=Path, exists=True, file_okay=False))
@@ -29,7 +31,8 @@ __all__ = ["command"]
 @click.option("--image", metavar="NAME", help="Image that the Dockerfile starts from.")
 @click.option(
     "--registry", metavar="FILE|mlflow://…",
-    help="Registry that tells what is in production now: the version to go back to.",
+    help="Registry that tells what is in production now: the version to go back to.  "
+    "[default: dist/registry.sqlite]",
 )  # fmt: skip
 def command(
     release: Path,
@@ -51,6 +54,8 @@ def command(
     document = read_manifest(release / MANIFEST)[0]
     name, version = str(document["name"]), str(document["version"])
     folder = output or Path("dist") / name / "deploy" / f"{version}-{target}"
+    if registry is None and _OWN.is_file():
+        registry = str(_OWN)
     rollback = _in_production(registry, name, version) if registry else None
     made = deploy_release(release, target, folder, context, file, image, rollback)
     click.echo(plain(f"{', '.join(made.files)} → {made.folder}"))

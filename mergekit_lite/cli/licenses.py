@@ -95,4 +95,5 @@ def _conclude(verdict: Verdict) -> None:
         click.secho(plain(f"accepted: {line}"), fg="yellow")
     if not verdict.conflicts:
         under = " or ".join(verdict.release_as) or "any licence that keeps the obligations"
-        click.echo(f"may be released under: {under}")
+        known = ", as far as licences are known" if verdict.unknown else ""
+        click.echo(f"may be released under: {under}{known}")

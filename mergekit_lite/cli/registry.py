@@ -28,10 +28,10 @@ def command() -> None:
     """Keep book of versions: which is in canary, staging, production, and which were."""
 
 
-def _open(word: str) -> Registry:
+def _open(word: str, create: bool = False) -> Registry:
     from mergekit_lite.release.registry import open_registry
 
-    return open_registry(word)
+    return open_registry(word, create)
 
 
 @command.command("add")
@@ -47,7 +47,7 @@ def add(folder: Path, path: str) -> None:
     if found.problems:
         raise PackError(f"{folder}: {found.problems[0]}", f"See all of it: pack verify {folder}")
     card = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
-    registry = _open(path)
+    registry = _open(path, create=True)
     try:
         metrics = {"bytes": found.size, **_measured(folder)}
         new = registry.add(found.name, found.version, found.digest, metrics, card)

@@ -16,7 +16,7 @@ from mergekit_lite.cli.options import (
     accepted_licences,
     human_bytes,
 )
-from mergekit_lite.release.manifest import MANIFEST, read_manifest
+from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
 from mergekit_lite.text import plain
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def command(
     from mergekit_lite.release.gather import gather, last_name
     from mergekit_lite.release.hub import hub_plan
     from mergekit_lite.release.oci import write_layout
-    from mergekit_lite.release.push import describe, push_all
+    from mergekit_lite.release.push import describe, push_all, refuse_secrets
     from mergekit_lite.release.push_oci import push_image
     from mergekit_lite.release.sign import KEYLESS, sign_release
 
@@ -132,13 +132,26 @@ def command(
             click.secho(plain(f"warning: {warning}"), fg="yellow", err=True)
         for note in released[0].notes if not quiet else ():
             click.echo(plain(f"note: {note}"), err=True)
+    elif bump or template or profile or accept:
+        raise PackError(
+            f"{folders[0]}: version {chosen} was released already; a version never changes",
+            "Leave out --template, --profile and --accept-license, or give --bump auto.",
+        )
+    if archive or oci:
+        for folder in folders:
+            refuse_secrets(folder)
+    done: list[str] = []
     for part, folder in zip(parts, folders, strict=True):
+        if not released and (key or archive or oci):
+            _check_whole(folder)
         if key is not None:
-            sign_release(folder, None if key == KEYLESS else Path(key))
-        if archive is not None:
-            pack_archive(folder, folder.with_name(f"{part.title}-{chosen}.{archive}"))
-        if oci:
-            write_layout(folder, folder.with_name(f"{part.title}-{chosen}.oci"))
+            now = sign_release(folder, None if key == KEYLESS else Path(key))
+            done.append(f"signature{'' if now else ', kept'} → {folder / SIGNATURE}")
+        for kind in (archive, "oci" if oci else None):
+            if kind is not None:
+                path = folder.with_name(f"{part.title}-{chosen}.{kind}")
+                (write_layout if kind == "oci" else pack_archive)(folder, path)
+                done.append(f"{kind} → {path}")
     pushed: list[Pushed] = []
     with make_progress(quiet or as_json) as progress:
         if plan is not None:
@@ -154,6 +167,26 @@ def command(
         click.echo(json.dumps({**first, **more_data}))
     elif not quiet:
         _show(folders, released, pushed)
+        for line in done:
+            click.echo(plain(line))
+
+
+def _check_whole(folder: Path) -> None:
+    """A release that was made earlier is what it was, before it is signed or packed.
+
+    Raises:
+        PackError: It is not.
+    """
+    from mergekit_lite.errors import PackError
+    from mergekit_lite.merge.run import default_threads
+    from mergekit_lite.release.verify import verify_release
+
+    found = verify_release(folder, default_threads())
+    if found.problems:
+        listed = "".join(f"\n  {problem}" for problem in found.problems)
+        raise PackError(
+            f"{folder}: is not as it was released:{listed}", "Release it again, as a new version."
+        )
 
 
 def _bumped(made: Made, dist: Path, bump: str) -> str:

@@ -27,7 +27,8 @@ def command(release: str, threads: int | None, quiet: bool) -> None:
     from mergekit_lite.release.reproduce import reproduce
 
     with placed(release) as place, make_progress(quiet) as progress:
-        found = reproduce(place.folder, Options(threads or default_threads()), progress)
+        options = Options(threads or default_threads())
+        found = reproduce(place.folder, options, progress, place.links_into, place.ignored)
     if found.differing:
         listed = "".join(f"\n  {name}" for name in found.differing[:20])
         raise PackError(

@@ -80,8 +80,11 @@ def command(
     if found.problems:
         listed = "".join(f"\n  {problem}" for problem in found.problems)
         raise PackError(
-            f"{release}: {len(found.problems)} thing(s) do not hold:{listed}",
-            "Do not use this release; download it again from whoever made it.",
+            f"{release}: {len(found.problems)} thing{'s' * (len(found.problems) != 1)} "
+            f"do{'es' * (len(found.problems) == 1)} not hold:{listed}",
+            "Give the public key of whoever should have signed it."
+            if wrong is not None and len(found.problems) == 1
+            else "Do not use this release; get it again from whoever made it.",
         )
     if not quiet and not as_json:
         click.echo(

@@ -11,6 +11,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from filecmp import cmp
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,10 +34,8 @@ def pack_archive(folder: Path, path: Path) -> None:
         path: Of the archive; compressed if it ends with ``.zst``.
 
     Raises:
-        PackError: It is there already, the disk is full, or zstandard is not installed.
+        PackError: It is there with other content, the disk is full, or zstandard is not installed.
     """
-    if path.exists():
-        raise PackError(f"{path}: already exists", "Remove it first.")
     beside = path.with_name(f".{path.name}.partial")
     try:
         with explained(path), _writing(beside, path.suffix == ".zst") as archive:
@@ -47,7 +46,12 @@ def pack_archive(folder: Path, path: Path) -> None:
                 info.mode = 0o644
                 with file.open("rb") as content:
                     archive.addfile(info, content)
-        beside.rename(path)
+        if path.exists() and not cmp(beside, path, shallow=False):
+            raise PackError(
+                f"{path}: is there already, with other content",
+                "Remove it, if it was made before the release was signed.",
+            )
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +13,15 @@ from exporters.gguf.export import Scheme
 from exporters.gguf.mixtures import find_mixture
 from exporters.gguf.run import Request
 from mergekit_lite.errors import PackError
-from mergekit_lite.merge.lock import LOCK_NAME, stated_recipe
+from mergekit_lite.merge.config import to_json
+from mergekit_lite.merge.lock import stated_recipe
 from mergekit_lite.merge.run import Options, Progress
+from mergekit_lite.merge.writer import write_durably
 from mergekit_lite.methods import ALIASES, METHODS
 from mergekit_lite.recipe import Recipe, read_recipe
-from mergekit_lite.release.bundle import make_release
+from mergekit_lite.release.bundle import is_same, make_release
 from mergekit_lite.release.draft import Asked, Draft, draft_release
-from mergekit_lite.release.gather import Made, gather
+from mergekit_lite.release.gather import STATED, gather, is_intact, weighing
 from mergekit_lite.release.hub import HubPlan, hub_plan
 from mergekit_lite.release.licences.judge import judge_recipe
 from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
@@ -93,10 +94,12 @@ def build(
     asked, afterwards = asked or Asked(), afterwards or Afterwards()
     _check(path, recipe, afterwards)
     schemes = [find_mixture(entry.scheme) for entry in recipe.quantize or []]
-    judged = judge_recipe(path, accepted=asked.accepted)
+    name = str(recipe.name) if recipe.version else None
+    judged = judge_recipe(path, name=name, accepted=asked.accepted)
     if judged.verdict.conflicts:
         listed = "".join(f"\n  {c.sentence}" for c in judged.verdict.conflicts)
         raise PackError(f"licences conflict:{listed}", f"See: pack licenses {path}")
+    _check_version(recipe, dist)
     place = Place(path.parent, dist / str(recipe.name), options, progress)
     steps = [make_step(recipe, place)]
     requests = [
@@ -133,6 +136,27 @@ def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
         raise PackError(f"{key}: there is no such key", "Give a private key's file, or sigstore.")
 
 
+def _check_version(recipe: Recipe, dist: Path) -> None:
+    """Find out before anything is merged that a version was released of another recipe.
+
+    Raises:
+        PackError: It was.
+    """
+    folder = dist / str(recipe.name) / "release" / str(recipe.version)
+    stated = folder / "recipe.yaml"
+    if recipe.version is None or not stated.is_file():
+        return
+    said = yaml.safe_load(stated.read_text("utf-8"))
+    now, then = weighing(stated_recipe(recipe)), weighing(said)
+    changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    if changed:
+        raise PackError(
+            f"{folder}: version {recipe.version} was released of another recipe (changed: "
+            f"{', '.join(changed)}); a version never changes",
+            "Raise version: in the recipe.",
+        )
+
+
 def _after(
     built: Built, recipe: Recipe, after: Afterwards, threads: int, progress: Progress
 ) -> Built:
@@ -141,11 +165,10 @@ def _after(
     steps = list(built.steps)
     began = time.monotonic()
     if after.key is not None:
-        missing = [folder for folder in folders if not (folder / SIGNATURE).is_file()]
-        for folder in missing:
-            sign_release(folder, None if after.key == KEYLESS else Path(after.key))
+        key = None if after.key == KEYLESS else Path(after.key)
+        done = [sign_release(folder, key) for folder in folders]
         seconds = time.monotonic() - began
-        steps.append(Step("sign", bool(missing), seconds, folders[0] / SIGNATURE))
+        steps.append(Step("sign", any(done), seconds, folders[0] / SIGNATURE))
     began = time.monotonic()
     if after.plan is not None:
         pushed = push_all(folders, after.plan, str(recipe.name), threads, progress)
@@ -157,9 +180,9 @@ def _after(
 
 def _release(recipe: Recipe, dist: Path, home: Path, steps: list[Step], asked: Asked) -> Built:
     began = time.monotonic()
-    made = replace(gather(dist, str(recipe.name)), stated=stated_recipe(recipe))
-    wanted = {step.folder.name for step in steps}
-    made = replace(made, artifacts=[a for a in made.artifacts if a.folder.name in wanted])
+    write_durably(dist / str(recipe.name) / STATED, to_json(stated_recipe(recipe)))
+    made = gather(dist, str(recipe.name), {step.folder.name for step in steps})
+    made = replace(made, stated=stated_recipe(recipe))
     version = str(recipe.version)
     plan = hub_plan(made.recipe.get("hub"))
     parts = made.parts(per_format=plan is not None and plan.per_format)
@@ -167,7 +190,7 @@ def _release(recipe: Recipe, dist: Path, home: Path, steps: list[Step], asked: A
     name = f"release {version}"
     if all((folder / MANIFEST).is_file() for folder in folders):
         for part, folder in zip(parts, folders, strict=True):
-            _check_same(folder, part, draft_release(part, home, version, asked))
+            _check_same(folder, draft_release(part, home, version, asked))
         digest = read_manifest(folders[0] / MANIFEST)[2]
         step = Step(name, False, time.monotonic() - began, folders[0])
         return Built([*steps, step], digest, [], folders)
@@ -176,27 +199,37 @@ def _release(recipe: Recipe, dist: Path, home: Path, steps: list[Step], asked: A
     return Built([*steps, step], released[0].digest, released[0].warnings, folders)
 
 
-def _check_same(folder: Path, made: Made, draft: Draft) -> None:
-    """The release that is there holds what would be released now.
+def _check_same(folder: Path, draft: Draft) -> None:
+    """The release that is there is what would be released now; untouched files are not read.
 
     Raises:
-        PackError: It holds something else.
+        PackError: It is something else, or was changed.
     """
-    held = json.loads((folder / LOCK_NAME).read_text("utf-8")).get("results")
+    entries = read_manifest(folder / MANIFEST)[1]
+    for name, entry in entries.items():
+        if not is_intact(folder / name, entry.size, entry.sha256):
+            raise PackError(
+                f"{folder / name}: is not what was released; something changed it",
+                f"See all of it: pack verify {folder}. Remove the folder to release it again.",
+            )
+    known = {*entries, MANIFEST, SIGNATURE}
+    extra = [p for p in folder.rglob("*") if not p.is_dir()
+             and p.relative_to(folder).as_posix() not in known]  # fmt: skip
+    if extra:
+        raise PackError(
+            f"{extra[0]}: does not belong to the release", f"See all of it: pack verify {folder}"
+        )
+    if is_same(draft, folder):
+        return
+    proposal = propose(folder.parent, draft.made)
+    assert proposal is not None  # noqa: S101 (there is this one at least)
     stated = folder / "recipe.yaml"
     said = yaml.safe_load(stated.read_text("utf-8")) if stated.is_file() else {}
-    changed = {
-        key for key in said.keys() | draft.recipe.keys() if said.get(key) != draft.recipe.get(key)
-    }
-    if held == {a.folder.name: made.released_lock(a) for a in made.artifacts} and changed <= {
-        "hub"
-    }:
-        return
-    proposal = propose(folder.parent, made)
-    assert proposal is not None  # noqa: S101 (there is this one at least)
-    keys = f" (changed in the recipe: {', '.join(sorted(changed))})" if changed else ""
+    now = draft.recipe
+    keys = sorted(key for key in said.keys() | now.keys() if said.get(key) != now.get(key))
+    changed = f" (changed in the recipe: {', '.join(keys)})" if keys else ""
     raise PackError(
-        f"{folder}: version {draft.version} was released with other content{keys}; a version "
+        f"{folder}: version {draft.version} was released with other content{changed}; a version "
         "never changes",
         f"Since {proposal.before} {proposal.why}: write version: {proposal.version} into the "
         "recipe.",

@@ -17,20 +17,19 @@ import yaml
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.config import to_json
 from mergekit_lite.merge.lock import LOCK_NAME
-from mergekit_lite.merge.writer import refuse_existing
 from mergekit_lite.release.card import render_card, standard_template
-from mergekit_lite.release.draft import TEMPLATE, Asked, Draft, draft_release
+from mergekit_lite.release.draft import Asked, Draft, draft_release
 from mergekit_lite.release.facts import card_values
 from mergekit_lite.release.gather import Made
 from mergekit_lite.release.hub import hub_plan
-from mergekit_lite.release.manifest import Entry, make_manifest
+from mergekit_lite.release.manifest import MANIFEST, TEMPLATE, Entry, make_manifest, read_manifest
 from mergekit_lite.release.papers import licence_texts, make_notice
 from mergekit_lite.release.provenance import make_provenance
 from mergekit_lite.release.sbom import make_sbom
 from mergekit_lite.release.version import check_version, propose
 from mergekit_lite.release.writer import ReleaseWriter, new_folder
 
-__all__ = ["Release", "make_release"]
+__all__ = ["Release", "is_same", "make_release"]
 
 
 @dataclass(frozen=True)
@@ -74,35 +73,54 @@ def make_release(made: Made, dist: Path, home: Path, asked: Asked) -> list[Relea
     plan = hub_plan(made.recipe.get("hub"))
     parts = made.parts(per_format=plan is not None and plan.per_format)
     version = _version(made, made.releases(dist), asked)
-    for part in parts:
-        _refuse_version(part, dist, version)
     drafts = [draft_release(part, home, version, asked) for part in parts]
-    return [_write(draft, draft.made.releases(dist) / version) for draft in drafts]
+    missing = [
+        draft for draft in drafts if not draft.made.releases(dist).joinpath(version).exists()
+    ]
+    # Of several, a run that was killed may have left the last ones out.
+    there = [draft for draft in drafts if draft not in missing]
+    for draft in there:
+        folder = draft.made.releases(dist) / version
+        if not missing or not is_same(draft, folder):
+            raise _taken(draft, folder)
+    return [
+        _write(draft, folder) if draft in missing else _read(draft, folder)
+        for draft, folder in ((d, d.made.releases(dist) / version) for d in drafts)
+    ]
 
 
-def _refuse_version(made: Made, dist: Path, version: str) -> None:
-    releases = made.releases(dist)
-    folder = releases / version
-    if folder.exists():
-        proposal = propose(releases, made)
-        assert proposal is not None  # noqa: S101 (there is this one at least)
-        raise PackError(
-            f"{folder}: version {version} was released already; a version never changes",
-            f"Since {proposal.before} {proposal.why}: --bump {proposal.part} makes it "
-            f"{proposal.version}.",
-        )
-    refuse_existing(folder, force=False)
+def _taken(draft: Draft, folder: Path) -> PackError:
+    proposal = propose(folder.parent, draft.made)
+    assert proposal is not None  # noqa: S101 (there is this one at least)
+    return PackError(
+        f"{folder}: version {draft.version} was released already; a version never changes",
+        f"Since {proposal.before} {proposal.why}: --bump {proposal.part} makes it "
+        f"{proposal.version}.",
+    )
+
+
+def _read(draft: Draft, folder: Path) -> Release:
+    """A release that is there."""
+    _, entries, digest = read_manifest(folder / MANIFEST)
+    return Release(
+        folder, draft.made.title, draft.version, digest, list(entries.values()), draft.notes,
+        draft.warnings,
+    )  # fmt: skip
 
 
 def _write(draft: Draft, folder: Path) -> Release:
     made, version = draft.made, draft.version
     with new_folder(folder) as partial:
         writer = ReleaseWriter(partial, folder)
-        for artifact in made.artifacts:
-            for entry in artifact.files:
-                path = made.place(artifact, entry.path)
-                writer.link(artifact.folder / entry.path, Entry(path, entry.size, entry.sha256))
-        _papers(draft, writer)
+        weights = made.entries()
+        sources = {
+            made.place(artifact, entry.path): artifact.folder / entry.path
+            for artifact in made.artifacts for entry in artifact.files
+        }  # fmt: skip
+        for entry in weights:
+            writer.link(sources[entry.path], entry)
+        for path, content in papers(draft, weights).items():
+            writer.write(path, content)
         manifest = make_manifest(made.title, version, writer.entries)
         writer.seal(manifest)
     digest = hashlib.sha256(manifest).hexdigest()
@@ -122,22 +140,59 @@ def _version(made: Made, releases: Path, asked: Asked) -> str:
     )  # fmt: skip
 
 
-def _papers(draft: Draft, writer: ReleaseWriter) -> None:
-    """Write all that describes the weights."""
-    made = draft.made
-    weights = list(writer.entries)
-    writer.write(LOCK_NAME, to_json(_lock(draft)))
+def papers(draft: Draft, weights: Sequence[Entry]) -> dict[str, bytes]:
+    """All that describes what was made, by path.
+
+    Args:
+        draft: The release.
+        weights: Its files that are no papers.
+
+    Raises:
+        PackError: The card's template is wrong, or leaves out what must be shown.
+    """
+    found = {LOCK_NAME: to_json(_lock(draft))}
     if draft.recipe:
-        writer.write("recipe.yaml", yaml.safe_dump(dict(draft.recipe), sort_keys=True).encode())
+        found["recipe.yaml"] = yaml.safe_dump(dict(draft.recipe), sort_keys=True).encode()
     if draft.template is not None:
-        writer.write(TEMPLATE, draft.template.encode())
-    for path, content in licence_texts(draft):
-        writer.write(path, content)
-    writer.write("NOTICE", make_notice(draft))
+        found[TEMPLATE] = draft.template.encode()
+    found |= dict(licence_texts(draft))
+    found["NOTICE"] = make_notice(draft)
     values = card_values(draft, weights)
-    writer.write("README.md", render_card(draft.template or standard_template(), values))
-    writer.write("sbom.cdx.json", make_sbom(draft, weights))
-    writer.write("provenance.intoto.json", make_provenance(made, draft.recipe, weights))
+    card = render_card(draft.template or standard_template(), values)
+    _check_card(card.decode(), values)
+    found["README.md"] = card
+    found["sbom.cdx.json"] = make_sbom(draft, weights)
+    found["provenance.intoto.json"] = make_provenance(draft.made, draft.recipe, weights)
+    return found
+
+
+def is_same(draft: Draft, folder: Path) -> bool:
+    """Whether a release that is there is what this one would be."""
+    entries = read_manifest(folder / MANIFEST)[1]
+    weights = draft.made.entries()
+    now = {entry.path: entry.sha256 for entry in weights}
+    now |= {p: hashlib.sha256(c).hexdigest() for p, c in papers(draft, weights).items()}
+    return now == {path: entry.sha256 for path, entry in entries.items()}
+
+
+def _check_card(card: str, values: dict[str, Any]) -> None:
+    """Whatever its template is, a card shows what licences want shown, and what was accepted.
+
+    Raises:
+        PackError: It does not.
+    """
+    for name in ("display", "accepted"):
+        missing = [line for line in values[name] if line not in card]
+        if missing:
+            raise PackError(
+                f"the template of the card leaves out what must be shown: {missing[0]}",
+                f"Let it show every line of '{name}', as templates/card.md.jinja does.",
+            )
+    if not card.startswith("---\n"):
+        raise PackError(
+            "the template of the card begins with no front matter, which the Hub reads",
+            "Begin it with: ---\\n{{ front_matter }}---",
+        )
 
 
 def _lock(draft: Draft) -> dict[str, Any]:

@@ -6,11 +6,14 @@ attribute of Python's own.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mergekit_lite.errors import PackError
@@ -20,6 +23,9 @@ from mergekit_lite.resources import resource_folder
 __all__ = ["front_matter", "render", "render_card", "standard_template"]
 
 _LONGEST = 1 << 20
+_SECONDS = 5
+_MEMORY = 2 << 30
+"""What a template of one's own may take: seconds of a processor, and bytes."""
 
 
 def standard_template() -> str:
@@ -83,12 +89,53 @@ def render(template: str, values: Mapping[str, Any], what: str) -> str:
     Raises:
         PackError: The template is wrong, or reaches for what it may not have.
     """
+    if template != standard_template() and what == "card":
+        return _apart(template, values)
+    return _rendered(template, values, what)
+
+
+def _apart(template: str, values: Mapping[str, Any]) -> str:
+    """Render a template of somebody's own in a process that may not take long or grow large."""
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-P", "-m", "mergekit_lite.release.card"],
+            input=json.dumps({"template": template, "values": dict(values)}).encode(),
+            capture_output=True, timeout=4 * _SECONDS, check=False,
+        )  # fmt: skip
+        answer = json.loads(ran.stdout)
+    except (subprocess.TimeoutExpired, ValueError):
+        raise PackError(
+            f"the template of the card cannot be rendered: it takes more than {_SECONDS} seconds "
+            "or too much memory",
+            "Templates get data only; see templates/card.md.jinja for what there is.",
+        ) from None
+    if "error" in answer:
+        raise PackError(answer["error"], answer["hint"])
+    return str(answer["text"])
+
+
+def _render_here() -> None:
+    """Render what comes in, within limits; for `_apart`."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    asked = json.load(sys.stdin)
+    try:
+        answer = {"text": _rendered(asked["template"], asked["values"], "card")}
+    except PackError as error:
+        answer = {"error": error.message, "hint": error.hint}
+    sys.stdout.write(json.dumps(answer))
+
+
+def _rendered(template: str, values: Mapping[str, Any], what: str) -> str:
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     try:
         text = environment.from_string(template).render(**values)
-    except (TemplateError, RecursionError, OverflowError, MemoryError, TypeError) as error:
+        text.encode()
+    except Exception as error:  # whatever a template may do
         line = getattr(error, "lineno", None)
         where = f" in line {line}" if line else ""
         raise PackError(
@@ -98,3 +145,7 @@ def render(template: str, values: Mapping[str, Any], what: str) -> str:
     if len(text) > _LONGEST:
         raise PackError(f"the {what} has {len(text)} characters", "Shorten its template.")
     return text
+
+
+if __name__ == "__main__":
+    _render_here()

@@ -75,7 +75,7 @@ def _parents(before: Path, after: Path) -> Iterator[str]:
             yield f"{name}: new"
         else:
             changed = sorted(path for path, digest in new[name].items()
-                             if old[name].get(path) != digest)  # fmt: skip
+                             if old[name].get(path, digest) != digest)  # fmt: skip
             if changed:
                 yield f"{name}: {', '.join(changed)} changed"
 

@@ -68,7 +68,7 @@ def compare_inputs(
         for name, content in files.items()
     ]
     lock = lock_file("compare", {"models": list(names)}, sources, weights, outputs)
-    with new_folder(folder) as partial, explained(folder):
+    with new_folder(folder, replace=True) as partial, explained(folder):
         for name, content in {**files, LOCK_NAME: lock}.items():
             write_durably(partial / name, content)
     return True

@@ -15,7 +15,7 @@ from typing import Any
 
 from mergekit_lite.errors import PackError, nearest
 from mergekit_lite.merge.lock import LOCK_NAME
-from mergekit_lite.merge.writer import explained, refuse_existing, write_durably
+from mergekit_lite.merge.writer import explained, write_durably
 from mergekit_lite.release.card import render
 from mergekit_lite.release.facts import cache_bytes
 from mergekit_lite.release.licences.combine import Parent, combine
@@ -84,9 +84,13 @@ def deploy_release(
         PackError: The release holds nothing for this target.
     """
     document, entries, digest = read_manifest(release / MANIFEST)
-    refuse_existing(folder, force=False)
+    if folder.exists():
+        raise PackError(f"{folder}: already exists", "Remove it, or choose another: -o DIR")
     served = _served(release, entries, target, file)
     config = _json(release / "config.json")
+    longest = (config.get("text_config") or config).get("max_position_embeddings")
+    if isinstance(longest, int) and longest > 0:
+        context = min(context, longest)
     size = sum(entries[name].size for name in served if name.endswith((".safetensors", ".gguf")))
     cache = cache_bytes(config) * context // 1024
     previous = rollback or _before(release)

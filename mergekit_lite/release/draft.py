@@ -12,13 +12,11 @@ from mergekit_lite.errors import PackError
 from mergekit_lite.release.gather import Made
 from mergekit_lite.release.hub import HubPlan, hub_plan
 from mergekit_lite.release.licences.combine import Verdict, combine
+from mergekit_lite.release.manifest import TEMPLATE, is_plain_path
 from mergekit_lite.release.profiles import PROFILES, Profile, lacking
 from mergekit_lite.release.sources import ParentSource, find_sources, only_licence
 
-__all__ = ["TEMPLATE", "Asked", "Draft", "draft_release"]
-
-TEMPLATE = "card.md.jinja"
-"""A template of the author's own, as it lies in a release."""
+__all__ = ["Asked", "Draft", "draft_release"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +106,8 @@ def draft_release(made: Made, home: Path, version: str, asked: Asked) -> Draft:
     profile = PROFILES[asked.profile or recipe.get("profile") or "community"]
     sources, notes = find_sources(made.whole or made, home, recipe.get("licenses") or {})
     licence = recipe.get("license") or only_licence(sources)
+    if licence and not recipe.get("license"):
+        notes = [*notes, f"no license: in the recipe; {licence}, which all parents have, is taken"]
     verdict = combine([s.parent for s in sources], licence, made.title, accepted)
     template = asked.template or _template(recipe, home)
     if recipe:
@@ -147,6 +147,11 @@ def _template(recipe: Mapping[str, Any], home: Path) -> str | None:
     name = (recipe.get("card") or {}).get("template")
     if name is None:
         return None
+    if not is_plain_path(name):
+        raise PackError(
+            f"template: {name}: is not below the recipe's folder",
+            "Put it beside the recipe, or give --template FILE.",
+        )
     try:
         return (home / str(name)).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -55,6 +55,7 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
         "architecture": draft.architecture,
         "parameters": _parameters(made),
         "base": recipe.get("base_model") or "",
+        "base_to_load": _base_to_load(draft),
         "licence": found.title if found else licence or "",
         "licence_url": found.url if found else "",
         "parents": [
@@ -77,6 +78,13 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
             o.what for o in verdict.obligations if o.kind not in ("display", "prefix", "not_first")
         ],
     }  # fmt: skip
+
+
+def _base_to_load(draft: Draft) -> str:
+    """What to load a base by: its name on the Hub, or a folder that somebody must have."""
+    base = str(draft.recipe.get("base_model") or "BASE")
+    on_hub = any(s.parent.name == base and s.entry.get("revision") for s in draft.sources)
+    return base if on_hub else f"path/to/{Path(base).name}"
 
 
 def _siblings(draft: Draft) -> Iterator[dict[str, str]]:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite.checkpoint.known import known_sha256
 from mergekit_lite.errors import FileFormatError, PackError, nearest
 from mergekit_lite.merge.lock import LOCK_NAME
 from mergekit_lite.release.manifest import Entry
 
-__all__ = ["Artifact", "Made", "gather", "last_name", "weighing"]
+__all__ = ["STATED", "Artifact", "Made", "gather", "is_intact", "last_name", "weighing"]
 
 _BESIDE = frozenset({
     "accept_licenses", "card", "compare", "hub", "license", "licenses", "profile", "quantize",
     "version",
 })  # fmt: skip
 """Keys of a recipe that change no weight."""
+
+STATED = ".recipe.json"
+"""Beside the results of a build: its recipe, of which only the papers' part may be newer."""
 
 _MAIN = ("merge", "adapter", "extract", "adapters")
 
@@ -108,6 +112,13 @@ class Made:
             return "ADAPTERS.md" if path == "README.md" else path
         return f"{artifact.lock.get('format', artifact.folder.name)}/{path}"
 
+    def entries(self) -> list[Entry]:
+        """All files but papers, as they lie in a release."""
+        return [
+            Entry(self.place(artifact, entry.path), entry.size, entry.sha256)
+            for artifact in self.artifacts for entry in artifact.files
+        ]  # fmt: skip
+
     def released_lock(self, artifact: Artifact) -> Mapping[str, Any]:
         """Its lock, less what does not matter for it: papers, and by which path it was reached."""
         lock = {key: value for key, value in artifact.lock.items() if key != "version"}
@@ -131,18 +142,33 @@ class Made:
         """The recipe that it was made by; empty where there was none."""
         if self.stated is not None:
             return self.stated
-        found = (a.lock.get("recipe") for a in (self.whole or self).artifacts)
+        if self.whole is not None:
+            return self.whole.recipe
+        found = (a.lock.get("recipe") for a in self.artifacts)
         return next((recipe for recipe in found if isinstance(recipe, dict)), {})
 
 
-def gather(dist: Path, name: str) -> Made:
+def is_intact(path: Path, size: int, sha256: str) -> bool:
+    """Whether a file is what was written; it is read only where nobody knows its digest."""
+    return path.is_file() and path.stat().st_size == size and known_sha256(path) == sha256
+
+
+def gather(dist: Path, name: str, folders: Collection[str] | None = None) -> Made:
     """Find the results of a name.
+
+    Args:
+        dist: Folder of all results.
+        name: Of these.
+        folders: Names of the folders that count; all if None.
 
     Raises:
         PackError: There are none, or a file is not what its lock says.
     """
     folder = dist / name
-    locks = sorted(folder.glob(f"*/{LOCK_NAME}"))
+    locks = sorted(
+        path for path in folder.glob(f"*/{LOCK_NAME}")
+        if folders is None or path.parent.name in folders
+    )  # fmt: skip
     if not locks:
         others = sorted({path.parent.parent.name for path in dist.glob(f"*/*/{LOCK_NAME}")})
         raise PackError(
@@ -158,7 +184,21 @@ def gather(dist: Path, name: str) -> Made:
         models = _models(made.main)
         kept = [a for a in found if a.kind != "compare" or _models(a) == models]
         made = Made(name, kept)
-    return made
+    later = _later_recipe(folder, made)
+    return made if later is None else replace(made, stated=later)
+
+
+def _later_recipe(folder: Path, made: Made) -> Mapping[str, Any] | None:
+    """The recipe of a later build, where only what it says of papers has changed since."""
+    path, lock = folder / STATED, made.main.folder / LOCK_NAME
+    try:
+        if path.stat().st_mtime_ns < lock.stat().st_mtime_ns:
+            return None
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = isinstance(found, dict) and weighing(found) == weighing(made.recipe)
+    return found if same else None
 
 
 def _check_fresh(artifact: Artifact, main: Artifact) -> None:
@@ -193,9 +233,10 @@ def _artifact(path: Path) -> Artifact:
         ) from None
     for entry in files:
         file = path.parent / entry.path
-        if not file.is_file() or file.stat().st_size != entry.size:
+        if not is_intact(file, entry.size, entry.sha256):
             raise PackError(
-                f"{file}: is not what its lock says", "Make this result again, with --force."
+                f"{file}: is not what its lock says; something changed it",
+                "Make this result again: the command that made it, with --force.",
             )
     return Artifact(path.parent, lock, files)
 

@@ -19,10 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.errors import FileFormatError
+from mergekit_lite.errors import FileFormatError, PackError
 from mergekit_lite.merge.config import to_json
-from mergekit_lite.merge.writer import explained, refuse_existing
-from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
+from mergekit_lite.merge.writer import explained
+from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, is_plain_path, read_manifest
 from mergekit_lite.release.writer import link_or_copy, new_folder
 
 __all__ = ["Blob", "Image", "describe_image", "is_layout", "unpack_layout", "write_layout"]
@@ -35,6 +35,7 @@ _KINDS = {
     "doc": (".md", ".txt", ".svg", ".png", ".cdx.json", ".intoto.json", ".sig"),
     "code": (".sh", ".py"),
 }
+_SMALL = 64 << 20
 _PATH = "org.cncf.model.filepath"
 _TITLE = "org.opencontainers.image.title"
 """What clients that know no models, such as oras, name a file by."""
@@ -191,7 +192,13 @@ def write_layout(folder: Path, path: Path) -> Image:
         PackError: It is there already, or the disk is full.
     """
     image = describe_image(folder)
-    refuse_existing(path, force=False)
+    if (path / "blobs" / "sha256" / image.digest.removeprefix("sha256:")).is_file():
+        return image
+    if path.exists():
+        raise PackError(
+            f"{path}: is there already, with other content",
+            "Remove it, if it was made before the release was signed.",
+        )
     with new_folder(path) as partial, explained(path):
         blobs = partial / "blobs" / "sha256"
         blobs.mkdir(parents=True)
@@ -236,23 +243,37 @@ def unpack_layout(layout: Path, into: Path) -> Path:
         [entry] = index["manifests"]
         manifest = json.loads(_blob(layout, entry["digest"]).read_bytes())
         named = [(layer["annotations"][_PATH], layer["digest"]) for layer in manifest["layers"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        _check_blob(layout, entry["digest"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
         raise FileFormatError(
             f"{layout}: is no image layout of a release ({type(error).__name__})",
             "Write it again: pack release --oci",
         ) from None
     for name, digest in named:
-        target = into / name
-        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise FileFormatError(
-                f"{layout}: names a file outside ({name!r:.80})", "Do not use it."
-            )
-        source = _blob(layout, digest)
+        if not is_plain_path(name):
+            raise FileFormatError(f"{layout}: names a file outside: {name!r:.80}", "Do not use it.")
+        source, target = _blob(layout, digest), into / name
         if source.is_file() and not source.is_symlink():
-            with explained(into):
+            _check_blob(layout, digest)
+            try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(source, target)
+            except (FileExistsError, NotADirectoryError):
+                raise FileFormatError(
+                    f"{layout}: names a file twice: {name!r:.80}", "Do not use it."
+                ) from None
     return into
+
+
+def _check_blob(layout: Path, digest: str) -> None:
+    """A small blob has its digest; large ones are weights, which the manifest has digests of.
+
+    Raises:
+        FileFormatError: It has not.
+    """
+    path = _blob(layout, digest)
+    if path.stat().st_size <= _SMALL and _digest(path.read_bytes()) != digest:
+        raise FileFormatError(f"{layout}: {digest} has other content", "Get it again.")
 
 
 def _blob(layout: Path, digest: str) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from mergekit_lite.release.card import render
 from mergekit_lite.release.draft import Draft
 from mergekit_lite.release.gather import Made
-from mergekit_lite.release.licences.find import licence_files, standard_text
+from mergekit_lite.release.licences.find import licence_files, papers_of, standard_text
 from mergekit_lite.release.licences.table import find_licence
 from mergekit_lite.release.sources import ParentSource
 from mergekit_lite.resources import resource_folder
@@ -45,7 +45,7 @@ def licence_texts(draft: Draft) -> Iterator[tuple[str, bytes]]:
 
 def _texts(source: ParentSource) -> Iterator[tuple[str, bytes]]:
     files = licence_files(source.folder)
-    for path in files:
+    for path in [*files, *papers_of(source.folder, r"use_?policy|acceptable_?use")]:
         yield path.name, path.read_bytes()
     terms = source.parent.terms if not files else ()
     for licence in terms:
@@ -89,8 +89,8 @@ def make_notice(draft: Draft) -> bytes:
 
 
 def _own_notice(source: ParentSource) -> str:
-    path = source.folder / "NOTICE" if source.folder else None
-    return path.read_text("utf-8", "replace") if path is not None and path.is_file() else ""
+    found = papers_of(source.folder, r"notice(\.|$)")
+    return "\n".join(path.read_text("utf-8", "replace").rstrip() for path in found)
 
 
 def made_by(made: Made) -> str:

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_lite.errors import PackError
+from mergekit_lite.errors import PackError, nearest
 from mergekit_lite.release.gather import Made
 from mergekit_lite.release.licences.combine import Verdict
+from mergekit_lite.release.licences.expression import find_licences
+from mergekit_lite.release.licences.table import licences
 
 __all__ = ["PROFILES", "Profile", "lacking"]
 
@@ -97,6 +99,9 @@ def _lacking(
         yield f"the text of the licence of {name} must go along (put it there as LICENSE)"
     if not licence:
         yield "the release states no licence (license: in the recipe)"
+    elif not find_licences(licence):
+        near = nearest(licence, [*licences()])
+        yield f"the licence '{licence}' of the release is none that pack knows{near}"
     card = recipe.get("card") or {}
     for key in profile.asked:
         if not card.get(key):

@@ -120,6 +120,20 @@ def check_before_leaving(
         raise PackError(
             f"{folder}: is not as it was released:{listed}", "Release it again, as a new version."
         )
+    refuse_secrets(folder)
+    if not (folder / SIGNATURE).is_file() and _wants_signature(folder):
+        raise PackError(
+            f"{folder}: is for production, and not signed", "Sign it: pack release --sign KEY"
+        )
+    return found
+
+
+def refuse_secrets(folder: Path) -> None:
+    """Refuse a release that holds what must not leave.
+
+    Raises:
+        PackError: It does.
+    """
     secrets = list(find_secrets(folder))
     if secrets:
         listed = "".join(f"\n  {secret}" for secret in secrets)
@@ -127,11 +141,6 @@ def check_before_leaving(
             f"{folder}: holds what must not leave:{listed}",
             "Remove it from the recipe, the card or the models' files, and release again.",
         )
-    if not (folder / SIGNATURE).is_file() and _wants_signature(folder):
-        raise PackError(
-            f"{folder}: is for production, and not signed", "Sign it: pack release --sign KEY"
-        )
-    return found
 
 
 def push_all(

@@ -109,8 +109,12 @@ class Registry(Protocol):
         """Let go of what is open."""
 
 
-def open_registry(word: str) -> Registry:
+def open_registry(word: str, create: bool = False) -> Registry:
     """A registry by its file, or by ``mlflow://HOST:PORT``.
+
+    Args:
+        word: The file, or the address.
+        create: Whether a file that is not there is made.
 
     Raises:
         PackError: It cannot be opened.
@@ -123,6 +127,8 @@ def open_registry(word: str) -> Registry:
         raise PackError(
             f"{word}: no registry that pack knows", "Give a file, or mlflow://HOST:PORT"
         )
+    if not create and not Path(word).is_file():
+        raise PackError(f"{word}: there is no such registry", "Begin one: pack registry add FOLDER")
     return SqliteRegistry(Path(word))
 
 

@@ -16,8 +16,8 @@ from mergekit_lite.errors import PackError
 from mergekit_lite.merge.lock import LOCK_NAME
 from mergekit_lite.merge.run import Options, Progress
 from mergekit_lite.release.build import build
-from mergekit_lite.release.draft import TEMPLATE
-from mergekit_lite.release.manifest import MANIFEST, read_manifest
+from mergekit_lite.release.manifest import MANIFEST, TEMPLATE, read_manifest
+from mergekit_lite.release.verify import verify_release
 
 __all__ = ["Reproduced", "reproduce"]
 
@@ -37,7 +37,13 @@ class Reproduced:
     differing: tuple[str, ...]
 
 
-def reproduce(folder: Path, options: Options, progress: Progress) -> Reproduced:
+def reproduce(
+    folder: Path,
+    options: Options,
+    progress: Progress,
+    links_into: Path | None = None,
+    ignored: frozenset[str] = frozenset(),
+) -> Reproduced:
     """Make a release again, in a temporary folder.
 
     Args:
@@ -45,12 +51,20 @@ def reproduce(folder: Path, options: Options, progress: Progress) -> Reproduced:
             current folder.
         options: How to run.
         progress: Told how far it is.
+        links_into: See `verify_release`.
+        ignored: See `verify_release`.
 
     Raises:
-        PackError: The release has no recipe, an input is not what it was, or was made in a way that
-            the release does not tell.
+        PackError: The release is damaged, has no recipe, an input is not what it was, or was made
+            in a way that the release does not tell.
     """
     document, entries, expected = read_manifest(folder / MANIFEST)
+    checked = verify_release(folder, options.threads, links_into=links_into, ignored=ignored)
+    if checked.problems:
+        listed = "".join(f"\n  {problem}" for problem in checked.problems)
+        raise PackError(
+            f"{folder}: is not as it was released:{listed}", "Get it again from whoever made it."
+        )
     recipe = _recipe(folder)
     with tempfile.TemporaryDirectory(prefix="pack-") as scratch:
         path = Path(scratch) / "recipe.yaml"
@@ -58,8 +72,15 @@ def reproduce(folder: Path, options: Options, progress: Progress) -> Reproduced:
         if (folder / TEMPLATE).is_file():
             (path.parent / TEMPLATE).write_bytes((folder / TEMPLATE).read_bytes())
         dist = Path(scratch) / "dist"
-        with pinned(_commits(folder)):
-            build(path, dist, options, progress)
+        try:
+            with pinned(_commits(folder)):
+                build(path, dist, options, progress)
+        except PackError as error:
+            if "no such file or folder" not in error.message:
+                raise
+            raise PackError(
+                error.message, "Run it in the folder that the paths of the recipe start from."
+            ) from None
         name = str(recipe["name"])
         variant = str(document["name"]).removeprefix(name).removeprefix("-").lower()
         kind = f"release-{variant}" if variant else "release"
@@ -98,7 +119,10 @@ def _recipe(folder: Path) -> dict[str, Any]:
                 "a recipe does not hold",
                 "Make it again by hand, and compare with pack diff.",
             )
-    return dict(yaml.safe_load(path.read_text("utf-8")))
+    recipe = yaml.safe_load(path.read_text("utf-8"))
+    if not isinstance(recipe, dict) or not {"name", "version"} <= recipe.keys():
+        raise PackError(f"{path}: is no recipe of a release", "Get it again from whoever made it.")
+    return recipe
 
 
 def _commits(folder: Path) -> dict[str, str]:

@@ -17,7 +17,11 @@ _PATTERNS = {
     "a token of GitHub": re.compile(rb"\b(gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{60,})"),
     "a key of an API": re.compile(rb"\bsk-[A-Za-z0-9_-]{32,}"),
     "a token of Slack": re.compile(rb"\bxox[abprs]-[A-Za-z0-9-]{20,}"),
-    "a path of somebody's home": re.compile(rb"(?<![\w.])/(home|Users)/[A-Za-z0-9._-]+/"),
+    "a token of GitLab": re.compile(rb"\bglpat-[A-Za-z0-9_-]{20,}"),
+    "a key of Google": re.compile(rb"\bAIza[A-Za-z0-9_-]{35}"),
+    "a path of somebody's home": re.compile(
+        rb"(?<![\w.])/(home|Users)/[A-Za-z0-9._-]+/|(?<![\w.])/root/|[A-Z]:\\\\?Users\\"
+    ),
     "a path of a temporary folder": re.compile(rb"(?<![\w.])/(tmp|var/folders)/[A-Za-z0-9._-]+/"),
 }
 

@@ -7,6 +7,7 @@ binds the signature to whoever is logged in.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,18 +38,29 @@ class Signer:
     issuer: str = ""
 
 
-def sign_release(folder: Path, key: Path | None) -> None:
-    """Sign a release; an older signature is replaced when the new one is whole.
+def sign_release(folder: Path, key: Path | None) -> bool:
+    """Sign a release.
 
     Args:
         folder: Of the release.
         key: Private key, PEM, of an elliptic curve; None to sign by Sigstore, which asks who you
             are in the browser or takes what a CI system says.
 
+    Returns:
+        Whether it was signed now; it may have been by the same key before.
+
     Raises:
-        PackError: The library is not installed, or the key cannot be used.
+        PackError: The library is not installed, the key cannot be used, or the release is signed
+            by another one.
     """
     signing, _, hashing = _library()
+    if (folder / SIGNATURE).is_file():
+        if key is not None and _is_by(folder, key):
+            return False
+        raise PackError(
+            f"{folder}: is signed already, by another key",
+            f"A release has one signature; remove {folder / SIGNATURE} to replace it.",
+        )
     beside = folder.parent / f".{folder.name}.sig"
     try:
         config = signing.Config()
@@ -68,6 +80,23 @@ def sign_release(folder: Path, key: Path | None) -> None:
         ) from None  # fmt: skip
     finally:
         beside.unlink(missing_ok=True)
+    return True
+
+
+def _is_by(folder: Path, key: Path) -> bool:
+    """Whether a release is signed by a private key."""
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        private = serialization.load_pem_private_key(key.read_bytes(), None)
+    except (ValueError, TypeError):  # no key, or one with a password
+        return False
+    with tempfile.NamedTemporaryFile() as public:
+        public.write(private.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        ))  # fmt: skip
+        public.flush()
+        return check_signature(Place(folder), Signer(Path(public.name))) is None
 
 
 def check_signature(place: Place, signer: Signer) -> str | None:

@@ -27,7 +27,7 @@ from mergekit_lite.merge.run import Options, Progress, prepare, run_merge
 from mergekit_lite.recipe import Recipe
 from mergekit_lite.release.adapters import adapters_of, bundle_adapters
 from mergekit_lite.release.compared import compare_inputs
-from mergekit_lite.release.gather import weighing
+from mergekit_lite.release.gather import is_intact, weighing
 
 __all__ = ["Place", "Step", "compare_step", "make_step", "quantize_steps"]
 
@@ -79,7 +79,7 @@ def make_step(recipe: Recipe, place: Place) -> Step:
     if _same_recipe(lock, recipe) and _is_of(lock, list(prepared.inputs.sources.values())):
         prepared.inputs.close()
         return Step("merge", False, time.monotonic() - began, folder)
-    force = place.options.force or bool(lock)
+    force = place.options.force or (folder / LOCK_NAME).is_file()
     run_merge(prepared, folder, replace(place.options, force=force), place.progress)
     return Step("merge", True, time.monotonic() - began, folder)
 
@@ -120,7 +120,7 @@ def _unless_there(
         with _opened(adapters, base, place.home) as sources:
             if _is_of(lock, sources, unread=base if kind == "adapters" else None):
                 return Step(name, False, time.monotonic() - began, folder)
-    run(folder, place.options.force or bool(lock))
+    run(folder, place.options.force or (folder / LOCK_NAME).is_file())
     return Step(name, True, time.monotonic() - began, folder)
 
 
@@ -154,7 +154,7 @@ def compare_step(recipe: Recipe, place: Place) -> Step | None:
         lock = _lock(folder)
         if lock.get("models") == [base, *others] and _is_of(lock, sources):
             return Step("compare", False, time.monotonic() - began, folder)
-        force = place.options.force or bool(lock)
+        force = place.options.force or (folder / LOCK_NAME).is_file()
         done = compare_inputs(
             every, sources, [base, *others], folder, place.options.threads, force, place.progress
         )
@@ -180,7 +180,9 @@ def quantize_steps(model: Path, requests: Sequence[Request], place: Place) -> li
             or not _is_of(locks[request.folder], list(whole.sources))
         ]
         if missing:
-            force = place.options.force or any(locks[request.folder] for request in missing)
+            force = place.options.force or any(
+                (request.folder / LOCK_NAME).is_file() for request in missing
+            )
             run = GgufOptions(place.options.threads, place.options.memory, force)
             run_gguf(prepare_gguf(whole, missing), run, place.progress)
     finally:
@@ -201,9 +203,9 @@ def _lock(folder: Path) -> Mapping[str, Any]:
         return {}
     if not isinstance(found, dict):
         return {}
-    files = [(folder / o["path"], o["bytes"]) for o in found.get("outputs", [])]
-    whole = all(file.is_file() and file.stat().st_size == size for file, size in files)
-    return found if whole and files else {}
+    outputs = found.get("outputs", [])
+    whole = all(is_intact(folder / o["path"], o["bytes"], o["sha256"]) for o in outputs)
+    return found if whole and outputs else {}
 
 
 def _same_recipe(lock: Mapping[str, Any], recipe: Recipe) -> bool:

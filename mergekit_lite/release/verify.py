@@ -12,11 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mergekit_lite.checkpoint.digest import sha256_of
 from mergekit_lite.merge.lock import LOCK_NAME
-from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, Entry, read_manifest
+from mergekit_lite.release.gather import weighing
+from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, TEMPLATE, Entry, read_manifest
 
 __all__ = ["Checked", "verify_release"]
+
+_PAPERS = frozenset({
+    LOCK_NAME, TEMPLATE, "LICENSE", "NOTICE", "README.md", "provenance.intoto.json", "recipe.yaml",
+    "sbom.cdx.json",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,10 +69,20 @@ def verify_release(
     """
     document, entries, digest = read_manifest(folder / MANIFEST)
     problems = list(_files(folder, entries, threads, progress, links_into, ignored))
-    lock = _json(folder / LOCK_NAME)
-    problems += _against_lock(lock, entries)
-    problems += _against_bill(_json(folder / "sbom.cdx.json"), document, entries)
-    problems += _against_provenance(_json(folder / "provenance.intoto.json"), lock, entries)
+    lock, recipe = _json(folder / LOCK_NAME), _yaml(folder / "recipe.yaml")
+    bill = _json(folder / "sbom.cdx.json")
+    statement = _json(folder / "provenance.intoto.json")
+    checks: dict[str, Callable[[], Iterator[str]]] = {
+        MANIFEST: lambda: _papers(entries, bill),
+        LOCK_NAME: lambda: _against_lock(lock, recipe, entries),
+        "sbom.cdx.json": lambda: _against_bill(bill, document, entries),
+        "provenance.intoto.json": lambda: _against_provenance(statement, lock, recipe, entries),
+    }
+    for name, check in checks.items():
+        try:
+            problems += list(check())
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+            problems.append(f"{name}: is broken")
     size = sum(entry.size for entry in entries.values())
     return Checked(
         str(document.get("name")), str(document.get("version")), digest, len(entries), size,
@@ -84,10 +102,9 @@ def _files(
 
     def check(entry: Entry) -> str | None:
         path = folder / entry.path
-        linked = path.is_symlink() and not (
-            links_into and path.resolve().is_relative_to(links_into.resolve())
-        )
-        if linked or not path.is_file():
+        within = links_into or folder
+        linked = not path.resolve().is_relative_to(within.resolve())
+        if linked or (path.is_symlink() and not links_into) or not path.is_file():
             return f"{entry.path}: is missing"
         size = path.stat().st_size
         if size != entry.size:
@@ -104,7 +121,9 @@ def _files(
     known = {*entries, MANIFEST, SIGNATURE, *ignored}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_dir() and name not in known:
+        if path.is_symlink() and path.is_dir():
+            yield f"{name}: is a link to a folder"
+        elif not path.is_dir() and name not in known:
             yield f"{name}: is not in the manifest"
 
 
@@ -116,18 +135,54 @@ def _json(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _against_lock(lock: Mapping[str, Any], entries: Mapping[str, Entry]) -> Iterator[str]:
-    """Digests of what the locks say came out are among those of the files."""
+def _yaml(path: Path) -> Mapping[str, Any] | None:
+    """A recipe; None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_paper(path: str) -> bool:
+    return path in _PAPERS or path.startswith("licenses/")
+
+
+def _papers(entries: Mapping[str, Entry], bill: Mapping[str, Any]) -> Iterator[str]:
+    """What every release has, this one has too."""
+    for name in ("README.md", "NOTICE", LOCK_NAME, "sbom.cdx.json", "provenance.intoto.json"):
+        if name not in entries:
+            yield f"{name}: is not in the manifest, and belongs to every release"
+    if bill.get("metadata", {}).get("component", {}).get("licenses") and "LICENSE" not in entries:
+        yield "LICENSE: is not in the manifest, and the release states a licence"
+
+
+def _against_lock(
+    lock: Mapping[str, Any], recipe: Mapping[str, Any] | None, entries: Mapping[str, Entry]
+) -> Iterator[str]:
+    """What the locks say came out is what lies in the release, under its name, and nothing else."""
     results = lock.get("results")
     if not isinstance(results, dict) or not results:
         yield f"{LOCK_NAME}: names no results"
         return
-    digests = {entry.sha256 for entry in entries.values()}
+    left = {path: entry.sha256 for path, entry in entries.items() if not _is_paper(path)}
     for name, result in sorted(results.items()):
-        outputs = result.get("outputs", []) if isinstance(result, dict) else []
-        for output in outputs:
-            if output.get("sha256") not in digests:
-                yield f"{LOCK_NAME}: '{output.get('path')}' of {name} is no file of this release"
+        for output in result.get("outputs", []):
+            path, digest = str(output["path"]), output["sha256"]
+            path = "ADAPTERS.md" if path == "README.md" else path
+            places = [p for p in left if p == path or p.endswith(f"/{path}")]
+            place = next((p for p in places if left[p] == digest), None)
+            if place is None:
+                yield f"{LOCK_NAME}: '{path}' of {name} is no file of this release"
+            else:
+                del left[place]
+        stated = result.get("recipe")
+        if recipe and stated and weighing(stated) != weighing(recipe):
+            yield f"recipe.yaml: is another recipe than {name} was made by"
+    for path in left:
+        yield f"{path}: is nothing that was made, by {LOCK_NAME}"
 
 
 def _against_bill(
@@ -141,6 +196,9 @@ def _against_bill(
     for key in ("name", "version"):
         if model.get(key) != document.get(key):
             yield f"sbom.cdx.json: is of {key} {model.get(key)!r}, not {document.get(key)!r}"
+    listed = {str(component.get("name")) for component in bill.get("components", [])}
+    for path in sorted(p for p in entries if not _is_paper(p) and p not in listed):
+        yield f"sbom.cdx.json: does not list '{path}'"
     for component in bill.get("components", []):
         entry = entries.get(str(component.get("name")))
         hashes = {h.get("content") for h in component.get("hashes", [])}
@@ -149,13 +207,19 @@ def _against_bill(
 
 
 def _against_provenance(
-    statement: Mapping[str, Any], lock: Mapping[str, Any], entries: Mapping[str, Entry]
+    statement: Mapping[str, Any],
+    lock: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None,
+    entries: Mapping[str, Entry],
 ) -> Iterator[str]:
     """The statement speaks of these files, and of the inputs that the locks name."""
     name = "provenance.intoto.json"
     if not statement:
         yield f"{name}: is missing or broken"
         return
+    listed = {str(subject.get("name")) for subject in statement.get("subject", [])}
+    for path in sorted(p for p in entries if not _is_paper(p) and p not in listed):
+        yield f"{name}: does not speak of '{path}'"
     for subject in statement.get("subject", []):
         entry = entries.get(str(subject.get("name")))
         if entry is None or subject.get("digest", {}).get("sha256") != entry.sha256:
@@ -169,5 +233,8 @@ def _against_provenance(
     }
     definition = statement.get("predicate", {}).get("buildDefinition", {})
     stated = {d.get("digest", {}).get("sha256") for d in definition.get("resolvedDependencies", [])}
+    asked = definition.get("externalParameters", {}).get("recipe")
+    if recipe is not None and asked != recipe:
+        yield f"{name}: names another recipe than recipe.yaml"
     if stated != inputs:
         yield f"{name}: names other inputs than {LOCK_NAME}"

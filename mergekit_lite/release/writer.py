@@ -9,33 +9,68 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mergekit_lite.merge.writer import explained, partial_of, replace_folder, write_durably
+from mergekit_lite.errors import PackError
+from mergekit_lite.merge.writer import explained, replace_folder, sync_folder, write_durably
 from mergekit_lite.release.manifest import MANIFEST, Entry
 
 __all__ = ["ReleaseWriter", "link_or_copy", "new_folder"]
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Put a file under another name, without copying it where the disk can do that."""
+    """Put a file under another name, without copying it where the disk can do that.
+
+    Raises:
+        OSError: Something has that name already, or the disk is full.
+    """
     try:
         os.link(source.resolve(), target)
+    except FileExistsError:
+        raise
     except OSError:
-        shutil.copyfile(source, target)
+        with source.open("rb") as content, target.open("xb") as file:
+            shutil.copyfileobj(content, file, 1 << 20)
 
 
 @contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when all went well and vanishes otherwise."""
-    partial = partial_of(final)
+def new_folder(final: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which gets its name when all went well and vanishes otherwise.
+
+    Args:
+        final: Its name.
+        replace: Whether what has that name by then gives way.
+
+    Raises:
+        PackError: Something else has the name by now, or the disk is full.
+    """
     with explained(final):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for left in final.parent.glob(f".{final.name}.*.partial"):  # of a run that was killed
+            if not _lives(left.name.split(".")[-2]):
+                shutil.rmtree(left, ignore_errors=True)
+        partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+        partial.mkdir()
     try:
         yield partial
         with explained(final):
-            replace_folder(partial, final)
+            if replace:
+                replace_folder(partial, final)
+            else:
+                partial.rename(final)
+                sync_folder(final.parent)
+    except FileExistsError:
+        raise PackError(f"{final}: is there already", "Somebody else made it just now.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _lives(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 class ReleaseWriter:

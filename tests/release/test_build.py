@@ -98,10 +98,10 @@ def test_what_changed_is_done(pack: Pack, home: Path) -> None:
     _edit(home, parameters={"lambda": 0.5})
     ran = pack("build", "r.yaml", "--json", cwd=home)
     assert ran.code == 1
-    assert "version 1.0.1 was released with other content" in ran.err
+    assert "version 1.0.1 was released of another recipe (changed: parameters)" in ran.err
     _edit(home, version="1.1.0", quantize=[{"scheme": "q8_0"}])
     ran = pack("build", "r.yaml", "--json", cwd=home)
-    steps = [("merge", False), ("gguf q8_0", False), ("compare", False), ("release 1.1.0", True)]
+    steps = [("merge", True), ("gguf q8_0", True), ("compare", False), ("release 1.1.0", True)]
     assert _steps(ran) == steps
 
 
@@ -158,7 +158,7 @@ def test_adapters_of_a_release_load(pack: Pack, home: Path) -> None:
     assert head["library_name"] == "peft"
     assert (folder / "ADAPTERS.md").is_file()
     code = card.split("```python\n")[1].split("```")[0]
-    code = code.replace("examples/models/base", str(home / "examples" / "models" / "base"))
+    code = code.replace("path/to/base", str(home / "examples" / "models" / "base"))
     done = subprocess.run([sys.executable, "-c", f"{code}\nprint(model.active_adapter)"],
                           cwd=folder, capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -201,3 +201,51 @@ def test_by_hand_and_again(pack: Pack, home: Path) -> None:
     ran = pack("release", cwd=home)
     assert ran.code == 1
     assert "was made of an earlier merged" in ran.err
+
+
+def test_papers_alone(pack: Pack, home: Path) -> None:
+    """By hand, too, the newest card and licence are taken; a template that changed is noticed."""
+    card = yaml.safe_load((home / "r.yaml").read_text())["card"]
+    (home / "card.jinja").write_text("---\n{{ front_matter }}---\nFirst")
+    _edit(home, quantize=None, card={**card, "template": "card.jinja"})
+    assert pack("build", "r.yaml", "-q", cwd=home).code == 0
+    (home / "card.jinja").write_text("---\n{{ front_matter }}---\nSecond")
+    ran = pack("build", "r.yaml", cwd=home)
+    assert ran.code == 1
+    assert "version 1.0.0 was released with other content" in ran.err
+    _edit(home, version="1.1.0", license="mit", card={**card, "summary": "Newer."})
+    assert pack("build", "r.yaml", "-q", cwd=home).code == 0
+    ran = pack("release", "ties-release", "--bump", "auto", cwd=home)
+    assert ran.code == 0, ran.err
+    folder = home / "dist" / "ties-release" / "release" / "1.1.1"
+    assert "Newer." in (folder / "README.md").read_text()
+    assert "license: mit" in (folder / "README.md").read_text()
+
+
+def test_a_format_that_was_not_released(pack: Pack, home: Path) -> None:
+    """A run that was killed between the two releases is finished by the next."""
+    _edit(home, hub={"repo": "org/x", "per_format": True}, quantize=[{"scheme": "q8_0"}])
+    assert pack("build", "r.yaml", "-q", cwd=home).code == 0
+    made = home / "dist" / "ties-release"
+    before = digests(made / "release-gguf")
+    shutil.rmtree(made / "release-gguf")
+    ran = pack("build", "r.yaml", cwd=home)
+    assert ran.code == 0, ran.err
+    assert digests(made / "release-gguf") == before
+
+
+def test_what_was_changed_by_hand(pack: Pack, home: Path) -> None:
+    """A result whose bytes changed is made again; a release is not kept, and told."""
+    _edit(home, quantize=None)
+    assert pack("build", "r.yaml", "-q", cwd=home).code == 0
+    merged = home / "dist" / "ties-release" / "merged"
+    before = digests(merged)
+    raw = bytearray((merged / "config.json").read_bytes())
+    raw[5] ^= 1
+    (merged / "config.json").write_bytes(raw)  # the same file as in the release
+    ran = pack("build", "r.yaml", cwd=home)
+    assert ran.code == 1
+    assert "config.json: is not what was released; something changed it" in ran.err
+    assert digests(merged) == before
+    shutil.rmtree(home / "dist" / "ties-release" / "release")
+    assert pack("build", "r.yaml", "-q", cwd=home).code == 0

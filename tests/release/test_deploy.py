@@ -38,12 +38,12 @@ def _started(folder: Path, release: Path, program: str, *words: str) -> list[str
 
 
 def test_llama_cpp(pack: Pack, home: Path, built: Path) -> None:
-    ran = pack("deploy", built, "--to", "llama.cpp", "--context", 2048, cwd=home)
+    ran = pack("deploy", built, "--to", "llama.cpp", "--context", 256, cwd=home)
     assert ran.code == 0, ran.err
     folder = home / "dist" / "ties-release" / "deploy" / "1.0.0-llama.cpp"
     words = _started(folder, built, "llama-server", "-ngl", "9")
     assert words[:2] == ["-m", f"{built}/gguf/ties-release-Q4_K_M.gguf"]
-    assert words[-4:] == ["-c", "2048", "-ngl", "9"]
+    assert words[-4:] == ["-c", "256", "-ngl", "9"]
     docker = (folder / "Dockerfile").read_text()
     assert (
         'COPY ["gguf/ties-release-Q4_K_M.gguf", "/model/gguf/ties-release-Q4_K_M.gguf"]' in docker
@@ -56,6 +56,9 @@ def test_llama_cpp(pack: Pack, home: Path, built: Path) -> None:
     assert "of context in 16 bit" in checks
     ran = pack("deploy", built, "--to", "llama.cpp", cwd=home)
     assert ran.code == 1
+    assert "already exists" in ran.err
+    assert pack("deploy", built, "--to", "llama.cpp", "-o", "more", cwd=home).code == 0
+    assert "-c 512 " in (home / "more" / "start.sh").read_text()  # the longest of its config
     ran = pack("deploy", built, "--to", "llama.cpp", "--file", "gguf/x.gguf", "-o", "x", cwd=home)
     assert ran.code == 1
     assert "gguf/ties-release-Q8_0.gguf" in ran.err

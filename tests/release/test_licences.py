@@ -364,3 +364,38 @@ def test_several_licences_of_one_parent(tmp_path: Path) -> None:
     assert combine([parent], "mit").conflicts == ()
     both = [Parent("a", find_licence("gemma")), Parent("b", find_licence("llama3.1"))]
     assert combine(both, "llama3.1 AND gemma", "Llama-x").conflicts == ()
+
+
+def test_what_is_partly_known() -> None:
+    """The part of a statement that is known binds; that it is not all is told."""
+    for stated in ("llama3.1 AND acme-terms", "acme-terms AND llama3.1"):
+        assert find_licences(stated) == ()
+        parent, _ = find_parent("m", None, {}, stated)
+        verdict = combine([parent], "apache-2.0", "Llama-x")
+        assert {conflict.rule for conflict in verdict.conflicts} == {"released as"}
+        assert verdict.unknown == (parent,)
+
+
+def test_accepting_one_waives_no_other() -> None:
+    """What is accepted of one parent leaves what the others ask."""
+
+    def parents(*ids: str) -> list[Parent]:
+        return [Parent(f"m{n}", find_licence(name), name) for n, name in enumerate(ids)]
+
+    two = parents("cc-by-nc-4.0", "gemma")
+    verdict = combine(two, "apache-2.0", None, {"m0": "leave of the author"})
+    assert [c.parents for c in verdict.conflicts] == [("m1",)]
+    three = parents("gpl-3.0", "gpl-3.0", "llama3.1")
+    verdict = combine(three, None, None, {"m0": "leave of the author"})
+    assert {c.rule for c in verdict.conflicts} == {"further restrictions"}
+    verdict = combine(three, None, None, {"gpl-3.0": "leave of the authors"})
+    assert verdict.conflicts == ()
+    assert len(verdict.accepted) == 1
+
+
+def test_less_than_a_licence(tmp_path: Path) -> None:
+    """A free licence under the Commons Clause is not that licence."""
+    (tmp_path / "LICENSE").write_text(
+        "Commons Clause License Condition\nPermission is hereby granted, free of charge"
+    )
+    assert find_parent("m", tmp_path, {})[0].licence is None

@@ -62,7 +62,7 @@ def test_the_layout(pack: Pack, home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert _blob(layout, layers["model.safetensors"]).stat().st_ino == weights.stat().st_ino
     ran = pack("verify", layout)
     assert ran.code == 0, ran.err
-    assert pack("release", "--oci", cwd=home).code == 1
+    assert pack("release", "--oci", cwd=home).code == 0
     first = digests(layout)
     shutil.rmtree(layout)
     assert pack("release", "--oci", "-q", cwd=home).code == 0
@@ -100,6 +100,39 @@ def test_hostile_layouts(pack: Pack, home: Path, name: str) -> None:
     index["manifests"][0]["digest"] = "sha256:../../../../etc/passwd"
     (layout / "index.json").write_text(json.dumps(index))
     assert pack("verify", layout).code == 1
+
+
+def test_a_name_twice_in_a_layout(pack: Pack, home: Path) -> None:
+    """It is refused, and nothing that blobs are linked to is written."""
+    assert pack("release", "--oci", "-q", cwd=home).code == 0
+    layout = home / "dist" / "mine" / "release" / "mine-1.2.0.oci"
+    index = json.loads((layout / "index.json").read_text())
+    manifest = json.loads(_blob(layout, index["manifests"][0]).read_text())
+    layers = {la["annotations"]["org.cncf.model.filepath"]: la for la in manifest["layers"]}
+    again = {**layers["README.md"], "annotations": layers["config.json"]["annotations"]}
+    manifest["layers"].append(again)
+    raw = json.dumps(manifest).encode()
+    digest = hashlib.sha256(raw).hexdigest()
+    (layout / "blobs" / "sha256" / digest).write_bytes(raw)
+    index["manifests"][0] |= {"digest": f"sha256:{digest}", "size": len(raw)}
+    (layout / "index.json").write_text(json.dumps(index))
+    before = digests(home / "dist" / "mine" / "merged")
+    ran = pack("verify", layout)
+    assert ran.code == 1
+    assert "names a file twice" in ran.err
+    assert digests(home / "dist" / "mine" / "merged") == before
+
+
+def test_a_blob_with_other_content(pack: Pack, home: Path) -> None:
+    assert pack("release", "--oci", "-q", cwd=home).code == 0
+    layout = home / "dist" / "mine" / "release" / "mine-1.2.0.oci"
+    readme = (_release(home) / "README.md").read_bytes()
+    path = layout / "blobs" / "sha256" / hashlib.sha256(readme).hexdigest()
+    path.unlink()
+    path.write_bytes(readme.replace(b"Random", b"Rundom"))
+    ran = pack("verify", layout)
+    assert ran.code == 1
+    assert "has other content" in ran.err
 
 
 def test_pushed_and_pulled(pack: Pack, home: Path, tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def registry(place: str, request: pytest.FixtureRequest) -> Iterator[Registry]:
     """A registry with three versions; in MLflow each test has a model of its own."""
-    made = _Named(open_registry(place), f"m-{request.node.name}".replace("[", "-").strip("]"))
+    made = _Named(
+        open_registry(place, create=True), f"m-{request.node.name}".replace("[", "-").strip("]")
+    )
     for version in ("1.0.0", "1.1.0", "2.0.0"):
         assert made.add("m", version, f"digest-{version}", {"bytes": 1}, "card")
     yield made

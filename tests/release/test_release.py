@@ -165,6 +165,30 @@ def _mend(change: Callable[[Path], None], path: str) -> Callable[[Path], None]:
     return both
 
 
+def _documents(folder: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    manifest = folder / "MANIFEST.json"
+    document = json.loads(manifest.read_text())
+    change(document["files"])
+    manifest.write_text(json.dumps(document))
+
+
+def _without(folder: Path, path: str) -> None:
+    (folder / path).unlink()
+    _documents(folder, lambda files: files.remove(next(f for f in files if f["path"] == path)))
+
+
+def _with(folder: Path, path: str) -> None:
+    (folder / path).write_bytes(b"x")
+    entry = {"path": path, "bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    _documents(folder, lambda files: files.append(entry))
+
+
+def _drop(path: Path, key: str) -> None:
+    document = json.loads(path.read_text())
+    document[key] = []
+    path.write_text(json.dumps(document))
+
+
 TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a byte of the weights": (
         lambda f: _flip(f / "model.safetensors"), "model.safetensors: its content was changed"),
@@ -200,6 +224,30 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
         _mend(lambda f: _edit(f / "pack.lock", json.loads((f / "pack.lock").read_text())["results"]
                               ["merged"]["inputs"][0]["files"][0]["sha256"], "0" * 64),
               "pack.lock"), "provenance.intoto.json: names other inputs"),
+    "the recipe, and the manifest mended": (
+        _mend(lambda f: _edit(f / "recipe.yaml", "merge_method: ties", "merge_method: linear"),
+              "recipe.yaml"), "recipe.yaml: is another recipe than merged was made by"),
+    "a licence, and its entry": (
+        lambda f: _without(f, "LICENSE"), "LICENSE: is not in the manifest"),
+    "the notice, and its entry": (
+        lambda f: _without(f, "NOTICE"), "NOTICE: is not in the manifest"),
+    "more weights, and an entry for them": (
+        lambda f: _with(f, "pytorch_model.bin"), "pytorch_model.bin: is nothing that was made"),
+    "the list of the bill emptied, and the manifest mended": (
+        _mend(lambda f: _drop(f / "sbom.cdx.json", "components"), "sbom.cdx.json"),
+        "sbom.cdx.json: does not list 'config.json'"),
+    "the subjects of the provenance emptied, and the manifest mended": (
+        _mend(lambda f: _drop(f / "provenance.intoto.json", "subject"), "provenance.intoto.json"),
+        "provenance.intoto.json: does not speak of 'config.json'"),
+    "a bill of nonsense, and the manifest mended": (
+        _mend(lambda f: (f / "sbom.cdx.json").write_text('{"metadata": [1]}'), "sbom.cdx.json"),
+        "sbom.cdx.json: is broken"),
+    "a folder that is a link": (
+        lambda f: (f / "more").symlink_to("/etc"), "more: is a link to a folder"),
+    "a folder of the release moved behind a link": (
+        lambda f: ((f / "licenses").rename(f.parent / "elsewhere"),
+                   (f / "licenses").symlink_to(f.parent / "elsewhere")),
+        "licenses/base/LICENSE: is missing"),
     "a link in the place of a file": (
         lambda f: ((f / "NOTICE").unlink(), (f / "NOTICE").symlink_to("/etc/hostname")),
         "NOTICE: is missing"),
@@ -222,6 +270,13 @@ def test_tampering(pack: Pack, release: Path, case: str) -> None:
     "content",
     [
         "", "[]", "{", '{"files": [{"path": "../x", "bytes": 1, "sha256": ""}]}',
+        '{"name": "a\\nb", "version": "1.0.0", "files": []}',
+        '{"name": "../../x", "version": "1.0.0", "files": []}',
+        '{"name": "x", "version": "1.0.0", "files": [], "name": "y"}',
+        '{"name": "x", "version": "1.0.0", "files": [{"path": "a", "bytes": Infinity}]}',
+        '{"name": "x", "version": "1.0.0", "files": [{"path": "./a", "bytes": 1, "sha256": ""}]}',
+        json.dumps({"name": "x", "version": "1.0.0",
+                    "files": [{"path": "a", "bytes": n, "sha256": ""} for n in (1, 2)]}),
         '{"files": [{"path": "/etc/x", "bytes": 1, "sha256": ""}]}', '{"files": [{"path": "x"}]}',
     ],
 )  # fmt: skip
@@ -279,7 +334,9 @@ def test_licences_that_conflict(pack: Pack, tmp_path: Path) -> None:
         "{{ ''.__class__.__mro__ }}", "{% include '/etc/passwd' %}", "{{ name.__init__ }}",
         "{{ self._TemplateReference__context }}", "{% import 'os' as os %}", "{{ nothing }}",
         "{{ card.update({}) }}", "{{ cycler.__init__.__globals__ }}", "{% for %}",
-        "{{ '%s' | format(name.__class__) }}", "{{ range(10**9) | list }}",
+        "{{ '%s' | format(name.__class__) }}", "{{ range(10**9) | list }}", "{{ 1 / 0 }}",
+        "{{ '{a}'.format() }}", "{{ '\ud800' }}", "{{ 'x' * 3000000000 }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     ],
 )  # fmt: skip
 def test_the_sandbox(template: str) -> None:
@@ -369,8 +426,13 @@ def test_an_archive(pack: Pack, release: Path, kind: str) -> None:
     for file in release.rglob("*"):
         os.utime(file, (1, 1))
     ran = pack("release", "--archive", kind, cwd=home)
+    assert ran.code == 0, ran.err
+    assert str(path.name) in ran.out
+    assert path.read_bytes() == first
+    path.write_bytes(b"other")
+    ran = pack("release", "--archive", kind, cwd=home)
     assert ran.code == 1
-    assert "already exists" in ran.err
+    assert "is there already, with other content" in ran.err
     path.unlink()
     assert pack("release", "--archive", kind, "-q", cwd=home).code == 0
     assert path.read_bytes() == first
@@ -399,3 +461,87 @@ def test_an_archive(pack: Pack, release: Path, kind: str) -> None:
         archive.addfile(info)
     ran = pack("verify", path)
     assert "is no archive of a release" in ran.err
+
+
+def test_what_leads_elsewhere(pack: Pack, tmp_path: Path) -> None:
+    """Nothing comes into a release through links of a model, or a template's path."""
+    home = _models(tmp_path / "home")
+    (home / "secret.pem").write_text("a secret of mine")
+    for name in ("NOTICE", "LICENSE-x"):
+        (home / "a" / name).symlink_to(home / "secret.pem")
+    assert pack("merge", _recipe(home), "-q", cwd=home).code == 0
+    ran = pack("release", "-q", cwd=home)
+    assert ran.code == 0, ran.err
+    folder = home / "dist" / "mine" / "release" / "1.2.0"
+    for path in folder.rglob("*"):
+        assert path.is_dir() or b"a secret of mine" not in path.read_bytes()
+    for name in ("../secret.pem", str(home / "secret.pem")):
+        ran = pack("build", _recipe(home, version="1.3.0", card={**CARD, "template": name}),
+                   cwd=home)  # fmt: skip
+        assert ran.code == 1
+        assert "is not below the recipe's folder" in ran.err
+
+
+def test_what_comes_along_with_parents(pack: Pack, tmp_path: Path) -> None:
+    """Notices and policies under any usual name."""
+    home = _models(tmp_path / "home")
+    (home / "a" / "NOTICE.txt").write_text("A notice in a text file")
+    (home / "a" / "USE_POLICY.md").write_text("A policy")
+    (home / "b" / "License.txt").write_text("Permission is hereby granted, free of charge")
+    assert pack("merge", _recipe(home), "-q", cwd=home).code == 0
+    assert pack("release", "-q", cwd=home).code == 0
+    folder = home / "dist" / "mine" / "release" / "1.2.0"
+    assert "A notice in a text file" in (folder / "NOTICE").read_text()
+    assert (folder / "licenses" / "a" / "USE_POLICY.md").is_file()
+    assert (folder / "licenses" / "b" / "License.txt").is_file()
+
+
+def test_damaged_releases_go_nowhere(pack: Pack, release: Path, tmp_path: Path) -> None:
+    """They are not signed, packed, reproduced or kept."""
+    home = release.parents[3]
+    private, _ = _keys(tmp_path)
+    (release / "evil.py").write_text("x")
+    for words in (("--sign", private), ("--archive",), ("--oci",)):
+        ran = pack("release", "mine", *words, cwd=home)
+        assert ran.code == 1
+        assert "evil.py: is not in the manifest" in ran.err
+    ran = pack("reproduce", release, cwd=home)
+    assert ran.code == 1
+    assert "evil.py" in ran.err
+    (release / "evil.py").unlink()
+    _flip(release / "model.safetensors")
+    ran = pack("release", "mine", "--sign", private, cwd=home)
+    assert ran.code == 1
+    assert "model.safetensors: its content was changed" in ran.err
+    assert not (release / "model.sig").exists()
+
+
+def test_another_signature(pack: Pack, release: Path, tmp_path: Path) -> None:
+    """The same key again is kept; another one is refused, and the first stays."""
+    home = release.parents[3]
+    private, public = _keys(tmp_path)
+    assert pack("release", "mine", "--sign", private, "-q", cwd=home).code == 0
+    ran = pack("release", "mine", "--sign", private, cwd=home)
+    assert ran.code == 0, ran.err
+    assert "signature, kept" in ran.out
+    other, _ = _keys(tmp_path, "other")
+    ran = pack("release", "mine", "--sign", other, cwd=home)
+    assert ran.code == 1
+    assert "is signed already, by another key" in ran.err
+    assert pack("verify", release, "--public-key", public).code == 0
+
+
+def test_a_card_that_leaves_out_what_must_be_shown(pack: Pack, tmp_path: Path) -> None:
+    home = _models(tmp_path / "home")
+    (home / "card.jinja").write_text("---\n{{ front_matter }}---\n# Mine")
+    for name in ("base", "a", "b"):
+        (home / name / "README.md").write_text("---\nlicense: llama3.1\n---\n")
+    keys = {"license": "llama3.1", "name": "Llama-mine"}
+    assert pack("merge", _recipe(home, **keys), "-q", cwd=home).code == 0
+    ran = pack("release", "--template", "card.jinja", cwd=home)
+    assert ran.code == 1
+    assert "leaves out what must be shown: Built with Llama" in ran.err
+    (home / "card.jinja").write_text("# Mine\n{{ display | join }}")
+    ran = pack("release", "--template", "card.jinja", cwd=home)
+    assert ran.code == 1
+    assert "begins with no front matter" in ran.err

@@ -24,6 +24,7 @@ class Parent:
         kind: ``model``, ``adapter`` or ``data``.
         family: Of the model, where it is known.
         also: More licences that hold together with the first.
+        partly: Whether there is one more, which is not known.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Parent:
     kind: str = "model"
     family: str = ""
     also: tuple[Licence, ...] = ()
+    partly: bool = False
 
     @property
     def terms(self) -> tuple[Licence, ...]:
@@ -114,23 +116,50 @@ def combine(
     Raises:
         PackError: Something is accepted that does not go in.
     """
-    known = [replace(p, licence=one, also=()) for p in parents for one in p.terms]
-    unknown = tuple(parent for parent in parents if parent.licence is None)
-    allowed = _allowed(known)
+    unknown = tuple(parent for parent in parents if parent.licence is None or parent.partly)
+    conflicts = _conflicts(parents, released_as, name)
+    known = _known(parents)
+    verdict = Verdict(tuple(_obligations(known)), conflicts, unknown, _allowed(known))
+    reasons = _reasons(parents, accepted or {})
+    if not reasons:
+        return verdict
+    others = [parent for parent in parents if parent.name not in reasons]
+    left = _conflicts(others, released_as, name)
+    sentences = {conflict.sentence for conflict in left}
+    told = [
+        f"{p.name}: its licence is not known; accepted: {reasons[p.name]}"
+        for p in unknown if p.name in reasons
+    ] + [
+        f"{conflict.sentence}; accepted: "
+        f"{next((reasons[n] for n in conflict.parents if n in reasons), 'see above')}"
+        for conflict in conflicts if conflict.sentence not in sentences
+    ]  # fmt: skip
+    still = tuple(parent for parent in unknown if parent.name not in reasons)
+    return replace(verdict, conflicts=left, unknown=still, accepted=tuple(told))
+
+
+def _known(parents: Sequence[Parent]) -> list[Parent]:
+    """A parent for each licence that is known."""
+    return [replace(p, licence=one, also=()) for p in parents for one in p.terms]
+
+
+def _conflicts(
+    parents: Sequence[Parent], released_as: str | None, name: str | None
+) -> tuple[Conflict, ...]:
+    known = _known(parents)
     conflicts = [
         *_prefixes(known), *_improving(parents), *_restricted(known), *_commercial(known),
         *_shared_alike(known),
     ]  # fmt: skip
     if released_as is not None:
-        conflicts += _released(known, released_as, allowed)
+        conflicts += _released(known, released_as, _allowed(known))
     if name is not None:
         conflicts += _named(known, name)
-    verdict = Verdict(tuple(_obligations(known)), tuple(conflicts), unknown, allowed)
-    return _accept(parents, verdict, accepted or {})
+    return tuple(conflicts)
 
 
-def _accept(parents: Sequence[Parent], verdict: Verdict, accepted: Mapping[str, str]) -> Verdict:
-    """Take out what whoever releases answers for."""
+def _reasons(parents: Sequence[Parent], accepted: Mapping[str, str]) -> dict[str, str]:
+    """Why parents are accepted, whatever their licence says, by their names."""
     reasons: dict[str, str] = {}
     for key, reason in accepted.items():
         found = find_licence(key)
@@ -145,19 +174,7 @@ def _accept(parents: Sequence[Parent], verdict: Verdict, accepted: Mapping[str, 
                 f"Licences here: {', '.join(every)}",
             )
         reasons |= dict.fromkeys(names, reason)
-    told = [
-        f"{p.name}: its licence is not known; accepted: {reasons[p.name]}"
-        for p in verdict.unknown if p.name in reasons
-    ]  # fmt: skip
-    kept = []
-    for conflict in verdict.conflicts:
-        answers = [reasons[name] for name in conflict.parents if name in reasons]
-        if answers:
-            told.append(f"{conflict.sentence}; accepted: {answers[0]}")
-        else:
-            kept.append(conflict)
-    unknown = tuple(p for p in verdict.unknown if p.name not in reasons)
-    return replace(verdict, conflicts=tuple(kept), unknown=unknown, accepted=tuple(told))
+    return reasons
 
 
 def _licence(parent: Parent) -> Licence:

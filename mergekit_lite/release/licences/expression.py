@@ -1,4 +1,4 @@
-"""Licence expressions: `mit OR apache-2.0`, `llama3.1 AND cc-by-4.0`, as SPDX writes them."""
+"""Licence expressions: `mit OR apache-2.0`, `mit AND cc-by-4.0`, as SPDX writes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from mergekit_lite.release.licences.table import Licence, find_licence
 
-__all__ = ["find_licences"]
+__all__ = ["find_licences", "read_licences"]
 
 _LONGEST = 500
 
@@ -24,18 +24,30 @@ def find_licences(stated: str) -> tuple[Licence, ...]:
     Returns:
         None of them if one that matters is not known, or if it cannot be read.
     """
+    known, whole = read_licences(stated)
+    return known if whole else ()
+
+
+def read_licences(stated: str) -> tuple[tuple[Licence, ...], bool]:
+    """The licences of a statement that are known, and whether these are all that matter."""
     one = find_licence(stated)
     if one is not None:
-        return (one,)
+        return (one,), True
     if len(stated) > _LONGEST:
-        return ()
+        return (), False
     from license_expression import ExpressionError, Licensing
 
     try:
         parsed = Licensing().parse(stated)
     except (ExpressionError, ValueError, RecursionError):
-        return ()
-    return () if parsed is None else _licences(parsed)
+        return (), False
+    if parsed is None:
+        return (), False
+    found = _licences(parsed)
+    if not found and type(parsed).__name__ == "AND":  # what is known of it binds all the same
+        parts = [licence for inner in parsed.args for licence in _licences(inner)]
+        return tuple(dict.fromkeys(parts)), False
+    return found, bool(found)
 
 
 def _licences(part: Any) -> tuple[Licence, ...]:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from mergekit_lite.checkpoint.card import read_card
 from mergekit_lite.release.licences.combine import Parent
-from mergekit_lite.release.licences.expression import find_licences
+from mergekit_lite.release.licences.expression import read_licences
 from mergekit_lite.release.licences.table import Licence, licences
 from mergekit_lite.resources import resource_folder
 
-__all__ = ["Stated", "find_parent", "licence_files", "standard_text"]
+__all__ = ["Stated", "find_parent", "licence_files", "papers_of", "standard_text"]
 
 _LIMIT = 1 << 16
 
@@ -48,17 +48,19 @@ def find_parent(
         kind: ``model``, ``adapter`` or ``data``.
     """
     every = [*([Stated("recipe", by_recipe)] if by_recipe else []), *_stated(folder, config)]
-    known = [(stated, found) for stated in every if (found := find_licences(stated.name))]
+    read = [(stated, *read_licences(stated.name)) for stated in every]
+    known = [(stated, found, whole) for stated, found, whole in read if found]
     notes = []
-    if len({found for _, found in known}) > 1:
-        said = ", ".join(f"{_ids(found)} in its {stated.where}" for stated, found in known)
+    if len({found for _, found, _ in known}) > 1:
+        said = ", ".join(f"{_ids(found)} in its {stated.where}" for stated, found, _ in known)
         notes.append(
             f"{name}: its licence is stated differently: {said}; {_ids(known[0][1])} is taken"
         )
     if not known:
         return Parent(name, None, every[0].name if every else "", kind), notes
-    stated, (licence, *also) = known[0]
-    return Parent(name, licence, stated.name, kind, also=tuple(also)), notes
+    stated, (licence, *also), whole = known[0]
+    parent = Parent(name, licence, stated.name, kind, also=tuple(also), partly=not whole)
+    return parent, notes
 
 
 def _ids(licences: Sequence[Licence]) -> str:
@@ -81,6 +83,9 @@ def _stated(folder: Path | None, config: Mapping[str, object]) -> list[Stated]:
     for path in licence_files(folder):
         text = path.read_bytes()[:_LIMIT].decode("utf-8", "replace").lower()
         plain = re.sub(r"\s+", " ", text)
+        if "commons clause" in plain or "commons-clause" in plain:  # a licence, and less than it
+            found.append(Stated(path.name, "commons-clause"))
+            continue
         rows = [row for row in licences().values() if row.text]
         named = next((row.id for row in rows if re.search(row.text, plain)), None)
         if named is not None:
@@ -90,10 +95,26 @@ def _stated(folder: Path | None, config: Mapping[str, object]) -> list[Stated]:
 
 def licence_files(folder: Path | None) -> list[Path]:
     """The files of a model that hold licence texts, sorted."""
+    found = papers_of(folder, r"licen[cs]e|copying")
+    return sorted(found, key=lambda path: ("model" not in path.name.lower(), path.name))
+
+
+def papers_of(folder: Path | None, pattern: str) -> list[Path]:
+    """Files of a model whose names begin so, in any case; none that lead elsewhere by a link.
+
+    Args:
+        folder: Of the model; in the Hub's cache its files are links to blobs beside it.
+        pattern: Regular expression.
+    """
     if folder is None or not folder.is_dir():
         return []
-    patterns = ("LICEN[CS]E*", "COPYING*", "licen[cs]e*")
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    whole = folder.resolve()
+    roots = [whole, *([whole.parents[1]] if whole.parent.name == "snapshots" else [])]
+    return sorted(
+        path for path in folder.iterdir()
+        if re.match(pattern, path.name, re.IGNORECASE) and path.is_file()
+        and any(path.resolve().is_relative_to(root) for root in roots)
+    )  # fmt: skip
 
 
 def standard_text(licence: Licence) -> bytes | None:
