@@ -104,7 +104,8 @@ class LayerwiseModel:
             PackError: A layer gives NaN or infinity.
         """
         kept = _Kept(self._torch, self._budget)
-        progress.begin("Layers", len(self.paths))
+        sizes = [sum(p.numel() for p in layer.parameters()) * 4 for layer in self._layers]
+        progress.begin("Layers", sum(sizes))
         with self._torch.inference_mode(), ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(self._parts.read, self.paths[0])
             with self._around():
@@ -116,7 +117,7 @@ class LayerwiseModel:
                         self._all(batches, kept, index)
                     finally:
                         self._parts.empty(path)
-                    progress.advance(1)
+                    progress.advance(sizes[index])
         return kept
 
     def logits(self, batches: Sequence[Any], kept: _Kept) -> Iterator[Any]:

@@ -159,7 +159,7 @@ def measure(
     for subject in order:
         if subject is not reference:
             subject.prepare(batches, progress)
-        progress.begin("Compare", len(batches))
+        progress.begin("Measure", 8 * sum(batch.numel() for batch in batches))
         found.append(_measured(subject, reference, batches, progress))
         if subject is not reference:
             subject.close()
@@ -187,7 +187,7 @@ def _measured(
             divergence, agrees = _compared(expected[..., :width], logits[..., :width])
             divergences.append(divergence)
             same.append(agrees)
-        progress.advance(1)
+        progress.advance(8 * batch.numel())
     count = sum(int(batch[:, 1:].numel()) for batch in batches)
     mean = float(np.mean(losses))
     spread = float(np.std(losses, ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0

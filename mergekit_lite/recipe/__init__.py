@@ -5,6 +5,7 @@ from __future__ import annotations
 from mergekit_lite.recipe.parameters import Between, Parameter, Setting, Value
 from mergekit_lite.recipe.read import parse_recipe, read_recipe
 from mergekit_lite.recipe.schema import (
+    EvaluateSection,
     MethodSchema,
     ModelEntry,
     Recipe,
@@ -15,6 +16,7 @@ from mergekit_lite.recipe.schema import (
 
 __all__ = [
     "Between",
+    "EvaluateSection",
     "MethodSchema",
     "ModelEntry",
     "Parameter",

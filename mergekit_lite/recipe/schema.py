@@ -13,6 +13,7 @@ from mergekit_lite.recipe.reference import AdapterReference, format_reference
 __all__ = [
     "AdaptedModel",
     "AdapterEntry",
+    "EvaluateSection",
     "MethodSchema",
     "ModelEntry",
     "Recipe",
@@ -193,6 +194,33 @@ class HubSection(_Section):
     ] = None
 
 
+class EvaluateSection(_Section):
+    """What `pack build` measures of its results."""
+
+    text: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=1000,
+            description="A file; without it, a small one.",
+        ),
+    ] = None
+    reference: Annotated[
+        str | None, Field(min_length=1, description="Model that the result is compared with.")
+    ] = None
+    context: Annotated[int, Field(ge=2, le=1 << 20, description="Tokens of a window.")] = 256
+    windows: Annotated[int, Field(ge=2, le=1 << 20, description="Windows at most.")] = 64
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Of the choice of windows.")] = 0
+    max_kl: Annotated[
+        float | None,
+        Field(ge=0, allow_inf_nan=False, description="Largest divergence, in nats."),
+    ] = None
+    max_perplexity_increase: Annotated[
+        float | None,
+        Field(ge=0, allow_inf_nan=False, description="Largest increase; 0.01 is one percent."),
+    ] = None
+
+
 class QuantizeEntry(_Section):
     """One quantized file that `pack build` makes."""
 
@@ -241,6 +269,10 @@ class Recipe(_Section):
     quantize: Annotated[
         list[QuantizeEntry] | None,
         Field(min_length=1, description="What `pack build` quantizes the result to."),
+    ] = None
+    evaluate: Annotated[
+        EvaluateSection | None,
+        Field(description="What `pack build` measures of its results, and what stops a release."),
     ] = None
     compare: Annotated[
         bool,

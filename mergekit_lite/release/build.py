@@ -31,6 +31,7 @@ from mergekit_lite.release.steps import (
     Place,
     Step,
     compare_step,
+    evaluate_step,
     make_step,
     quantize_steps,
 )
@@ -108,6 +109,8 @@ def build(
         for mixture in schemes
     ]  # fmt: skip
     steps += quantize_steps(steps[0].folder, requests, place)
+    evaluated = evaluate_step(recipe, place, steps)
+    steps += [evaluated] if evaluated else []
     if recipe.version is None:
         return Built(steps, None, [])
     compared = compare_step(recipe, place)
@@ -126,6 +129,11 @@ def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
         raise PackError(
             f"{path}: gives {recipe.output}, which are not quantized",
             "Leave out quantize:, or merge into a model first.",
+        )
+    if recipe.evaluate and recipe.output != "model":
+        raise PackError(
+            f"{path}: gives {recipe.output}, which are not evaluated by themselves",
+            "Leave out evaluate:, or merge into a model first.",
         )
     if recipe.version is None and (afterwards.key or afterwards.plan):
         raise PackError(

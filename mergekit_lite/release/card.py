@@ -40,6 +40,7 @@ def front_matter(
     languages: Sequence[str],
     tags: Sequence[str],
     library: str,
+    results: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The head of a card, as the Hub reads it.
 
@@ -50,6 +51,7 @@ def front_matter(
         languages: Codes of languages.
         tags: More words.
         library: What loads it.
+        results: What was measured, as ``model-index`` has it.
     """
     head: dict[str, Any] = {}
     if licence is not None:
@@ -67,6 +69,8 @@ def front_matter(
     head["library_name"] = library
     head["pipeline_tag"] = "text-generation"
     head["tags"] = list(dict.fromkeys([*(["merge"] if relation == "merge" else []), *tags]))
+    if results:
+        head["model-index"] = [dict(result) for result in results]
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
 
 

@@ -114,6 +114,7 @@ def draft_release(made: Made, home: Path, version: str, asked: Asked) -> Draft:
         recipe |= {"version": version, **_made(made, recipe)}
         recipe |= {"profile": profile.name} if asked.profile else {}
         recipe |= {"accept_licenses": accepted} if accepted else {}
+        recipe = {key: value for key, value in recipe.items() if value is not None}
         if template is not None:
             recipe["card"] = {**(recipe.get("card") or {}), "template": TEMPLATE}
     if verdict.conflicts:
@@ -140,6 +141,8 @@ def _made(made: Made, recipe: Mapping[str, Any]) -> dict[str, Any]:
         asked["quantize"] = [{"to": "gguf", "scheme": scheme} for scheme in sorted(schemes)] or None
     if not any(artifact.kind == "compare" for artifact in every):
         asked["compare"] = False
+    if recipe.get("evaluate") and not any(artifact.kind == "evaluate" for artifact in every):
+        asked["evaluate"] = None
     return asked
 
 

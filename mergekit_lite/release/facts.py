@@ -13,6 +13,7 @@ from mergekit_lite.checkpoint.locate import open_checkpoint
 from mergekit_lite.release.card import front_matter
 from mergekit_lite.release.compared import PLOT
 from mergekit_lite.release.draft import Draft
+from mergekit_lite.release.evaluated import EVALUATION
 from mergekit_lite.release.gather import Made
 from mergekit_lite.release.licences.table import find_licence
 from mergekit_lite.release.manifest import Entry
@@ -44,6 +45,7 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
     head = front_matter(
         licence, bases, relation, card.get("languages") or [], card.get("tags") or [],
         "peft" if relation == "adapter" else "transformers" if "merge" in kinds else "gguf",
+        _model_index(made),
     )  # fmt: skip
     return {
         "front_matter": head,
@@ -66,6 +68,7 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
         "recipe": yaml.safe_dump(_without_card(recipe), sort_keys=True) if recipe else "",
         "quantized": list(_quantized(made)),
         "plot": _plot(made),
+        "evaluation": _evaluation(made),
         "cache": _size(cached) if (cached := cache_bytes(draft.config)) else "",
         "adapters": _adapters(made),
         "files": [{"path": e.path, "size": _size(e.size)} for e in weights if e.size > 1 << 16],
@@ -140,6 +143,53 @@ def _quantized(made: Made) -> Iterator[dict[str, str]]:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _evaluation(made: Made) -> dict[str, Any] | None:
+    """What was measured, where its plot lies, and the command that measures it; None without."""
+    whole = made.whole or made
+    artifact = next((a for a in whole.artifacts if a.kind == "evaluate"), None)
+    if artifact is None:
+        return None
+    settings = artifact.lock.get("settings") or {}
+    text = f" --text {settings['text']}" if settings.get("text") else ""
+    against = settings.get("reference")
+    rows = [
+        {"name": one["name"], "perplexity": f"{one['perplexity']:g}",
+         "interval": f"{one['low']:g} … {one['high']:g}", "reference": one.get("reference") or "-",
+         "change": "-" if one.get("perplexity_change") is None else
+         f"{one['perplexity_change']:+.2%}",
+         "kl": "-" if one.get("kl_mean") is None else f"{one['kl_mean']:g}",
+         "agreement": "-" if one.get("agreement") is None else f"{one['agreement']:.1%}"}
+        for one in artifact.lock.get("measured", [])
+    ]  # fmt: skip
+    ggufs = [made.place(a, e.path) for a in made.artifacts if a.kind == "quantize"
+             for e in a.files if e.path.endswith(".gguf")]  # fmt: skip
+    options = f"{text} --context {settings['context']} --windows {settings['windows']}"
+    commands = [f"pack eval . --reference {against}{options}"] if against else []
+    commands += [f"pack eval {' '.join(ggufs)} --reference .{options}"] if ggufs else []
+    shown = any(a is artifact for a in made.artifacts)
+    return {
+        "rows": rows, "text": artifact.lock.get("text"), "context": settings["context"],
+        "commands": commands or [f"pack eval .{options}"],
+        "plot": made.place(artifact, EVALUATION) if shown else "",
+    }  # fmt: skip
+
+
+def _model_index(made: Made) -> list[dict[str, Any]]:
+    """What was measured of the model itself, as the Hub reads it."""
+    artifact = next((a for a in made.artifacts if a.kind == "evaluate"), None)
+    if artifact is None:
+        return []
+    text = str(artifact.lock.get("text"))
+    found = [one for one in artifact.lock.get("measured", []) if one["name"] == "the model"]
+    return [
+        {"name": made.title, "results": [
+            {"task": {"type": "text-generation"},
+             "dataset": {"name": text, "type": text.rpartition(".")[0] or text},
+             "metrics": [{"type": "perplexity", "value": one["perplexity"]}]} for one in found
+        ]}
+    ]  # fmt: skip
 
 
 def _plot(made: Made) -> str:

@@ -13,13 +13,16 @@ from mergekit_lite.errors import FileFormatError, PackError, nearest
 from mergekit_lite.merge.lock import LOCK_NAME
 from mergekit_lite.release.manifest import Entry
 
-__all__ = ["STATED", "Artifact", "Made", "gather", "is_intact", "last_name", "weighing"]
+__all__ = ["ABOUT", "STATED", "Artifact", "Made", "gather", "is_intact", "last_name", "weighing"]
 
 _BESIDE = frozenset({
-    "accept_licenses", "card", "compare", "hub", "license", "licenses", "profile", "quantize",
-    "version",
+    "accept_licenses", "card", "compare", "evaluate", "hub", "license", "licenses", "profile",
+    "quantize", "version",
 })  # fmt: skip
 """Keys of a recipe that change no weight."""
+
+ABOUT = frozenset({"compare", "evaluate"})
+"""Kinds of results that only tell of others."""
 
 STATED = ".recipe.json"
 """Beside the results of a build: its recipe, of which only the papers' part may be newer."""
@@ -183,9 +186,17 @@ def gather(dist: Path, name: str, folders: Collection[str] | None = None) -> Mad
             _check_fresh(artifact, made.main)
         models = _models(made.main)
         kept = [a for a in found if a.kind != "compare" or _models(a) == models]
+        kept = [a for a in kept if a.kind != "evaluate" or _is_of(a, made)]
         made = Made(name, kept)
     later = _later_recipe(folder, made)
     return made if later is None else replace(made, stated=later)
+
+
+def _is_of(evaluation: Artifact, made: Made) -> bool:
+    """Whether an evaluation is of these results."""
+    now = {e.sha256 for a in made.artifacts for e in a.files}
+    measured = {str(digest) for digest in (evaluation.lock.get("results") or {}).values()}
+    return measured <= now
 
 
 def _later_recipe(folder: Path, made: Made) -> Mapping[str, Any] | None:

@@ -103,8 +103,11 @@ def _lacking(
         near = nearest(licence, [*licences()])
         yield f"the licence '{licence}' of the release is none that pack knows{near}"
     card = recipe.get("card") or {}
+    evaluated = any(a.kind == "evaluate" for a in (made.whole or made).artifacts)
+    if profile.measured and not evaluated:
+        yield "it was not evaluated (evaluate: in the recipe)"
     for key in profile.asked:
-        if not card.get(key):
+        if not card.get(key) and not (key == "evaluation" and evaluated):
             yield f"the card lacks '{key}' (card: in the recipe)"
     if profile.repeatable and not recipe:
         yield "it was made without a recipe, so nobody can make it again"

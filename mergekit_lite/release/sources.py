@@ -10,7 +10,7 @@ from typing import Any
 
 from mergekit_lite.analyse.look import look_at
 from mergekit_lite.errors import PackError
-from mergekit_lite.release.gather import Made
+from mergekit_lite.release.gather import ABOUT, Made
 from mergekit_lite.release.licences.combine import Parent
 from mergekit_lite.release.licences.find import find_parent, licence_files, standard_text
 
@@ -48,6 +48,8 @@ def find_sources(
     found: dict[str, ParentSource] = {}
     notes: list[str] = []
     for artifact in made.artifacts:
+        if artifact.kind in ABOUT:  # what was compared with goes into nothing
+            continue
         for entry in artifact.lock.get("inputs", []):
             reference = entry["model"]
             digests = {file["sha256"] for file in entry["files"]}

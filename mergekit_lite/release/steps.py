@@ -20,6 +20,7 @@ from exporters.gguf.run import Options as GgufOptions
 from exporters.gguf.run import Request, prepare_gguf, run_gguf
 from mergekit_lite.adapters.locate import open_adapter, open_model
 from mergekit_lite.checkpoint.locate import Source
+from mergekit_lite.evaluate.text import read_text
 from mergekit_lite.merge.adapters import run_adapter_merge
 from mergekit_lite.merge.lock import LOCK_NAME, lock_inputs, stated_recipe
 from mergekit_lite.merge.model import open_whole
@@ -27,9 +28,10 @@ from mergekit_lite.merge.run import Options, Progress, prepare, run_merge
 from mergekit_lite.recipe import Recipe
 from mergekit_lite.release.adapters import adapters_of, bundle_adapters
 from mergekit_lite.release.compared import compare_inputs
+from mergekit_lite.release.evaluated import check_thresholds, evaluate_results, text_of
 from mergekit_lite.release.gather import is_intact, weighing
 
-__all__ = ["Place", "Step", "compare_step", "make_step", "quantize_steps"]
+__all__ = ["Place", "Step", "compare_step", "evaluate_step", "make_step", "quantize_steps"]
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,46 @@ def compare_step(recipe: Recipe, place: Place) -> Step | None:
         for source in opened.values():
             source.checkpoint.close()
     return Step("compare", True, time.monotonic() - began, folder) if done else None
+
+
+def evaluate_step(recipe: Recipe, place: Place, made: Sequence[Step]) -> Step | None:
+    """Measure the model and its quantized files, for the card; None where nothing is asked."""
+    began = time.monotonic()
+    section = recipe.evaluate
+    if section is None:
+        return None
+    folder, model = place.dist / "evaluated", made[0].folder
+    ggufs = {
+        step.folder.name.removeprefix("gguf-"): next(iter(sorted(step.folder.glob("*.gguf"))))
+        for step in made[1:]
+    }
+    locks = [_lock(step.folder) for step in made]
+    fields = {
+        "settings": section.model_dump(exclude_none=True),
+        "text_sha256": read_text(text_of(section, place.home)).sha256,
+        "results": {
+            f"{step.folder.name}/{o['path']}": o["sha256"]
+            for step, lock in zip(made, locks, strict=True) for o in lock.get("outputs", [])
+        },
+    }  # fmt: skip
+    opened: dict[str, Source] = {}
+    try:
+        whole = open_model(section.reference, place.home, opened) if section.reference else None
+        sources = list(whole.sources) if whole else []
+        lock = _lock(folder)
+        if lock and all(lock.get(k) == v for k, v in fields.items()) and _is_of(lock, sources):
+            step = Step("evaluate", False, time.monotonic() - began, folder)
+        else:
+            force = place.options.force or (folder / LOCK_NAME).is_file()
+            evaluate_results(
+                section, place.home, model, ggufs, fields, sources, folder, force, place.progress
+            )
+            step = Step("evaluate", True, time.monotonic() - began, folder)
+    finally:
+        for source in opened.values():
+            source.checkpoint.close()
+    check_thresholds(section, _lock(folder).get("measured") or [])
+    return step
 
 
 def quantize_steps(model: Path, requests: Sequence[Request], place: Place) -> list[Step]:

@@ -18,7 +18,7 @@ import yaml
 
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.lock import LOCK_NAME
-from mergekit_lite.release.gather import Made
+from mergekit_lite.release.gather import ABOUT, Made
 from mergekit_lite.release.manifest import MANIFEST
 
 __all__ = ["PARTS", "Proposal", "check_version", "is_before", "newest", "propose"]
@@ -128,8 +128,14 @@ def _change(before: Path, made: Made) -> tuple[str, str]:
         return "major", "the base model changed"
     if _architecture(before) != _architecture(made.model.folder):
         return "major", "the architecture changed"
-    old = {(name, o["path"], o["sha256"]) for name, lock in locks.items() for o in lock["outputs"]}
-    new = {(a.folder.name, e.path, e.sha256) for a in made.artifacts for e in a.files}
+    old = {
+        (name, o["path"], o["sha256"]) for name, lock in locks.items()
+        if lock.get("kind") not in ABOUT for o in lock["outputs"]
+    }  # fmt: skip
+    new = {
+        (a.folder.name, e.path, e.sha256) for a in made.artifacts
+        if a.kind not in ABOUT for e in a.files
+    }  # fmt: skip
     if old != new:
         changed = sorted({f"{name}/{path}" for name, path, _ in old ^ new})
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def _edit(home: Path, **keys: object) -> None:
 def test_a_whole_recipe(pack: Pack, home: Path) -> None:
     """Merged, quantized twice, released; a second time nothing is done."""
     ran = pack("build", "r.yaml", "--json", cwd=home)
-    names = ["merge", "gguf q4_k_m", "gguf q8_0", "compare", "release 1.0.0"]
+    names = ["merge", "gguf q4_k_m", "gguf q8_0", "evaluate", "compare", "release 1.0.0"]
     assert _steps(ran) == [(name, True) for name in names]
     assert json.loads(ran.out)["warnings"] == []
     folder = home / "dist" / "ties-release" / "release" / "1.0.0"
@@ -83,7 +84,7 @@ def test_what_changed_is_done(pack: Pack, home: Path) -> None:
     card = yaml.safe_load((home / "r.yaml").read_text())["card"]
     _edit(home, version="1.0.1", card={**card, "summary": "Another text."})
     ran = pack("build", "r.yaml", "--json", cwd=home)
-    assert [done for _, done in _steps(ran)] == [False, False, False, False, True]
+    assert [done for _, done in _steps(ran)] == [False, False, False, False, False, True]
     assert digests(home / "dist" / "ties-release" / "merged") == before
     readme = home / "dist" / "ties-release" / "release" / "1.0.1" / "README.md"
     assert "Another text." in readme.read_text()
@@ -99,7 +100,7 @@ def test_what_changed_is_done(pack: Pack, home: Path) -> None:
     ran = pack("build", "r.yaml", "--json", cwd=home)
     assert ran.code == 1
     assert "version 1.0.1 was released of another recipe (changed: parameters)" in ran.err
-    _edit(home, version="1.1.0", quantize=[{"scheme": "q8_0"}])
+    _edit(home, version="1.1.0", quantize=[{"scheme": "q8_0"}], evaluate=None)
     ran = pack("build", "r.yaml", "--json", cwd=home)
     steps = [("merge", True), ("gguf q8_0", True), ("compare", False), ("release 1.1.0", True)]
     assert _steps(ran) == steps
@@ -249,3 +250,65 @@ def test_what_was_changed_by_hand(pack: Pack, home: Path) -> None:
     assert digests(merged) == before
     shutil.rmtree(home / "dist" / "ties-release" / "release")
     assert pack("build", "r.yaml", "-q", cwd=home).code == 0
+
+
+def test_evaluated(pack: Pack, home: Path) -> None:
+    """Numbers, plot and command in the card, the Hub's own form in its head; limits stop it."""
+    assert pack("build", "r.yaml", "-q", cwd=home).code == 0
+    folder = home / "dist" / "ties-release" / "release" / "1.0.0"
+    card = (folder / "README.md").read_text()
+    assert "](evaluated/evaluation.svg)" in card
+    ET.fromstring((folder / "evaluated" / "evaluation.svg").read_text())
+    head = yaml.safe_load(card.split("---\n")[1])
+    data = json.loads((folder / "evaluated" / "evaluation.json").read_text())
+    names = ["examples/models/base", "the model", "q4_k_m", "q8_0"]
+    assert [one["name"] for one in data["measured"]] == names
+    value = head["model-index"][0]["results"][0]["metrics"][0]["value"]
+    assert value == data["measured"][1]["perplexity"]
+    for line in card.split("with:\n\n```\n")[1].split("```")[0].splitlines():
+        (folder / "examples").symlink_to(home / "examples")
+        ran = pack(*line.split()[1:], "--json", cwd=folder)
+        (folder / "examples").unlink()
+        assert ran.code == 0, ran.err
+        again = {one["name"]: one for one in json.loads(ran.out)["models"]}
+        for one in data["measured"]:
+            place = next((n for n in again if one["name"].upper() in n), None)
+            if place is not None:
+                assert again[place]["perplexity"] == pytest.approx(one["perplexity"], rel=1e-2)
+                assert again[place]["kl_mean"] == pytest.approx(one["kl_mean"], rel=1e-2)
+    section = yaml.safe_load((home / "r.yaml").read_text())["evaluate"]
+    _edit(home, version="1.0.1", evaluate={**section, "max_kl": 1e-4})
+    ran = pack("build", "r.yaml", cwd=home)
+    assert ran.code == 1
+    assert "q4_k_m: kl_mean" in ran.err
+    assert "q8_0: kl_mean" not in ran.err
+    assert not (home / "dist" / "ties-release" / "release" / "1.0.1").exists()
+    _edit(home, evaluate={**section, "max_perplexity_increase": 1e-6})
+    ran = pack("build", "r.yaml", cwd=home)
+    assert ran.code == 1
+    assert "perplexity_change" in ran.err
+    _edit(home, evaluate={**section, "text": "nowhere.txt"})
+    ran = pack("build", "r.yaml", cwd=home)
+    assert ran.code == 1
+    assert "nowhere.txt: there is no such text" in ran.err
+
+
+def test_a_build_anywhere(
+    pack: Pack, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another folder, locale, time zone, umask and thread count give the same release."""
+    ran = pack("build", "r.yaml", "--json", cwd=home)
+    assert ran.code == 0, ran.err
+    other = tmp_path / "další složka"
+    other.mkdir()
+    shutil.copytree(home / "examples", other / "examples")
+    shutil.copyfile(home / "r.yaml", other / "r.yaml")
+    for name, value in {"LC_ALL": "C", "TZ": "Asia/Kathmandu", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    before = os.umask(0o077)
+    try:
+        again = pack("build", "r.yaml", "--threads", 1, "--json", cwd=other)
+    finally:
+        os.umask(before)
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["digest"] == json.loads(ran.out)["digest"]
