@@ -53,7 +53,8 @@ def _of_gguf(path: Path) -> dict[str, Array]:
             weight = name.removesuffix(_SUMS)
             if weight + _COUNTS not in checkpoint.names():
                 raise FileFormatError(f"{path}: lacks '{weight}{_COUNTS}'", "Make it again.")
-            sums = checkpoint.read(name).reshape(-1, checkpoint.spec(name).columns)
+            # One matrix is written as a vector: ggml leaves out dimensions of one.
+            sums = np.atleast_2d(checkpoint.read(name))
             counts = checkpoint.read(weight + _COUNTS).reshape(-1)
             if counts.size != sums.shape[0]:
                 raise FileFormatError(

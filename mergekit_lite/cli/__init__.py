@@ -25,6 +25,7 @@ COMMANDS = {
     "merge": "Merge models as a recipe says, or adapters into a base.",
     "quantize": "Quantize a model, an adapter on its base, or a recipe, to GGUF.",
     "eval": "Measure models on text: perplexity, and distance from a reference.",
+    "imatrix": "Measure how much each column of a model's weights matters, for GGUF.",
     "extract": "Make an adapter of what a fine-tune changed in its base.",
     "adapters": "Package adapters beside their base, for switching while it runs.",
     "release": "Release what was made: card, licences, bill of materials, manifest.",

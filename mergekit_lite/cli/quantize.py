@@ -13,8 +13,11 @@ from click.shell_completion import CompletionItem
 from mergekit_lite.cli.options import SIZE, human_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from exporters.gguf.mixtures import Overrides
     from exporters.gguf.run import Made, Request
+    from mergekit_lite.dtypes import Array
     from mergekit_lite.merge.model import WholeModel
 
 __all__ = ["command"]
@@ -51,7 +54,11 @@ class _Target(click.Tuple):
 @click.option("--name", help="Name of the files.  [default: the model's]")
 @click.option(
     "--imatrix", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
-    help="Importance of columns, from llama-imatrix.",
+    help="Importance of columns, from pack imatrix or llama-imatrix.",
+)  # fmt: skip
+@click.option(
+    "--calibration", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
+    help="Text, or JSON lines; the importance of columns is measured on it.",
 )  # fmt: skip
 @click.option(
     "--tensor-type", "patterns", multiple=True, metavar="PATTERN=TYPE",
@@ -81,6 +88,7 @@ def command(
     output: Path | None,
     name: str | None,
     imatrix: Path | None,
+    calibration: Path | None,
     patterns: tuple[str, ...],
     output_type: str | None,
     embedding_type: str | None,
@@ -118,9 +126,12 @@ def command(
     check_memory(memory)
     overrides = _overrides(patterns, output_type, embedding_type, pure)
     _check_targets(targets)
+    if imatrix is not None and calibration is not None:
+        raise click.UsageError("give --imatrix or --calibration, not both")
+    importance = _importance(model, imatrix, calibration, quiet or as_json)
     whole = open_whole(model)
     try:
-        requests = _requests(whole, targets, overrides, output, name, imatrix, split_max_size)
+        requests = _requests(whole, targets, overrides, output, name, importance, split_max_size)
         options = Options(threads or default_threads(), memory, force, verify)
         with make_progress(quiet or as_json) as progress:
             made = run_gguf(prepare_gguf(whole, requests), options, progress)
@@ -144,21 +155,37 @@ def _check_targets(targets: tuple[tuple[str, str], ...]) -> None:
             )
 
 
+def _importance(
+    model: str | None, imatrix: Path | None, calibration: Path | None, quiet: bool
+) -> Mapping[str, Array]:
+    """Importance of columns: from a file, or measured; empty where none is asked for."""
+    from exporters.gguf.imatrix import read_imatrix
+    from mergekit_lite.cli.imatrix import CONTEXT, WINDOWS
+    from mergekit_lite.cli.progress import make_progress
+
+    if imatrix is not None:
+        return read_imatrix(imatrix)
+    if calibration is None:
+        return {}
+    from exporters.gguf.importance import importance_of
+
+    with make_progress(quiet) as progress:
+        return importance_of(model, calibration, CONTEXT, WINDOWS, progress).means()
+
+
 def _requests(
     whole: WholeModel,
     targets: tuple[tuple[str, str], ...],
     overrides: Overrides,
     output: Path | None,
     name: str | None,
-    imatrix: Path | None,
+    importance: Mapping[str, Array],
     split_bytes: int | None,
 ) -> list[Request]:
     from exporters.gguf.export import Scheme
-    from exporters.gguf.imatrix import read_imatrix
     from exporters.gguf.mixtures import find_mixture
     from exporters.gguf.run import Request
 
-    importance = read_imatrix(imatrix) if imatrix is not None else {}
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise click.UsageError(f"'{name}' is no name of a file: letters, digits, '.', '_' and '-'")
     if output is not None and output.suffix == ".gguf":

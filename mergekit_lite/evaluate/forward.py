@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from mergekit_lite.checkpoint.protocol import Checkpoint
@@ -90,12 +91,15 @@ class LayerwiseModel:
         self,
         batches: Sequence[Any],
         progress: Progress,
+        around: Callable[[str, Any, Callable[[], None]], None] | None = None,
     ) -> _Kept:
         """Run all layers over all batches.
 
         Args:
             batches: Token ids, ``(sequences, tokens)`` int64.
             progress: Told how far it is.
+            around: Called for each layer, with its path, the layer, and what runs all batches
+                through it, which it must call once; for whoever looks at what goes in.
 
         Returns:
             The hidden states behind the last layer, for `logits`.
@@ -114,7 +118,11 @@ class LayerwiseModel:
                     if index + 1 < len(self.paths):
                         coming = ahead.submit(self._parts.read, self.paths[index + 1])
                     try:
-                        self._all(batches, kept, index)
+                        run = partial(self._all, batches, kept, index)
+                        if around is None:
+                            run()
+                        else:
+                            around(path, self._layers[index], run)
                     finally:
                         self._parts.empty(path)
                     progress.advance(sizes[index])
