@@ -48,6 +48,7 @@ def command(
     A Dockerfile, a script that starts the server, and a checklist, filled in as far as pack can
     tell: signature, format, memory, pinned versions, the version to go back to, licences.
     """
+    from mergekit_lite.merge.run import default_threads
     from mergekit_lite.release.deploy import deploy_release
     from mergekit_lite.release.manifest import MANIFEST, read_manifest
 
@@ -57,7 +58,9 @@ def command(
     if registry is None and _OWN.is_file():
         registry = str(_OWN)
     rollback = _in_production(registry, name, version) if registry else None
-    made = deploy_release(release, target, folder, context, file, image, rollback)
+    made = deploy_release(
+        release, target, folder, context, file, image, rollback, default_threads()
+    )
     click.echo(plain(f"{', '.join(made.files)} → {made.folder}"))
     for line in made.open:
         click.echo(plain(f"to check: {line}"))

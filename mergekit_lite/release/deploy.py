@@ -21,6 +21,7 @@ from mergekit_lite.release.facts import cache_bytes
 from mergekit_lite.release.licences.combine import Parent, combine
 from mergekit_lite.release.licences.table import find_licence
 from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, Entry, read_manifest
+from mergekit_lite.release.verify import verify_release
 from mergekit_lite.release.version import is_before
 from mergekit_lite.release.writer import new_folder
 from mergekit_lite.resources import resource_folder
@@ -68,6 +69,7 @@ def deploy_release(
     file: str | None = None,
     image: str | None = None,
     rollback: str | None = None,
+    threads: int = 1,
 ) -> Deployment:
     """Write what it takes to serve a release.
 
@@ -79,11 +81,18 @@ def deploy_release(
         file: The GGUF to serve with llama.cpp; the first if None.
         image: To start from, instead of the usual one.
         rollback: Version to go back to; the release before this one if None.
+        threads: Files that are hashed side by side.
 
     Raises:
-        PackError: The release holds nothing for this target.
+        PackError: The release is damaged, or holds nothing for this target.
     """
     document, entries, digest = read_manifest(release / MANIFEST)
+    found = verify_release(release, threads)
+    if found.problems:
+        raise PackError(
+            f"{release}: is not as it was released: {found.problems[0]}",
+            f"See all of it: pack verify {release}",
+        )
     if folder.exists():
         raise PackError(f"{folder}: already exists", "Remove it, or choose another: -o DIR")
     served = _served(release, entries, target, file)
@@ -96,8 +105,7 @@ def deploy_release(
     previous = rollback or _before(release)
     chosen = image or TARGETS[target][0]
     checks = [
-        _Check("the release holds, byte by byte", False,
-               f"run: pack verify {release}  (digest sha256:{digest})"),
+        _Check("the release holds, byte by byte", True, f"sha256:{digest}"),
         _Check("it is signed", (release / SIGNATURE).is_file(),
                "check whose signature it is: --public-key" if (release / SIGNATURE).is_file()
                else "run: pack release --sign KEY"),

@@ -139,6 +139,9 @@ class MlflowRegistry:
         """
         known = self.versions(name)
         check_promotion(name, version, stage, share, [v.version for v in known])
+        now = self.current(name).get(stage)
+        if now is not None and (now.version, now.share) == (version, share):
+            return now
         return self._set(name, stage, version, share, "promote")
 
     def rollback(self, name: str, stage: str) -> Event:

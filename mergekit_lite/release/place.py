@@ -51,7 +51,9 @@ def placed(word: str) -> Iterator[Place]:
     if path.is_dir() and not is_layout(path):
         yield Place(path)
         return
-    if not path.exists() and not word.startswith(_OCI) and (found := _HUB.fullmatch(word)):
+    near = Path(word.partition("/")[0]).exists()  # a path with a mistake, no name on the Hub
+    found = None if near or path.exists() or word.startswith(_OCI) else _HUB.fullmatch(word)
+    if found is not None:
         yield _fetched(found["repo"], found["revision"])
         return
     if not path.exists() and not word.startswith(_OCI):

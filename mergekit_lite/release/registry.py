@@ -203,6 +203,9 @@ class SqliteRegistry:
             PackError: There is no such version or stage.
         """
         check_promotion(name, version, stage, share, [v.version for v in self.versions(name)])
+        now = self.current(name).get(stage)
+        if now is not None and (now.version, now.share) == (version, share):
+            return now
         return self._event(name, stage, version, share, "promote")
 
     def rollback(self, name: str, stage: str) -> Event:

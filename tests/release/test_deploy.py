@@ -53,6 +53,7 @@ def test_llama_cpp(pack: Pack, home: Path, built: Path) -> None:
     assert "- [x] its format fits the target: llama.cpp reads GGUF" in checks
     assert "- [x] what quantizing did is known: KL divergence" in checks
     assert "- [ ] it is signed" in checks
+    assert "- [x] the release holds, byte by byte" in checks
     assert "of context in 16 bit" in checks
     ran = pack("deploy", built, "--to", "llama.cpp", cwd=home)
     assert ran.code == 1

@@ -79,6 +79,7 @@ def test_stages(registry: Registry) -> None:
     registry.promote("m", "2.0.0", "production")
     assert registry.rollback("m", "production").version == "1.0.0"
     assert registry.current("m")["canary"].share == 0.1
+    assert registry.promote("m", "1.0.0", "production").reason == "rollback"  # it is there
     assert [e.reason for e in registry.history("m")].count("rollback") == 3
     assert len(registry.history("m")) == 8
 

@@ -120,6 +120,13 @@ def judge_sources(
             if part.reference not in parents:
                 parents[part.reference] = parent
                 notes += found
+    if all(parent.kind == "adapter" for parent in parents.values()):
+        notes += [
+            f"{part.reference}: was trained on {base}, whose licence binds it too; see: pack "
+            f"licenses {base} {part.reference}"
+            for source in sources for part in source.sources
+            if isinstance(base := part.checkpoint.config.get("base_model_name_or_path"), str)
+        ]  # fmt: skip
     every = list(parents.values())
     return Judged(every, combine(every, released_as, name, accepted), notes)
 
