@@ -16,7 +16,7 @@ import pytest
 
 __all__ = ["MlflowServer"]
 
-_BOOT = 120.0
+_BOOT = 300.0
 
 
 class MlflowServer:
