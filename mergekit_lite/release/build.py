@@ -215,7 +215,7 @@ def _check_same(folder: Path, draft: Draft) -> None:
     """
     entries = read_manifest(folder / MANIFEST)[1]
     for name, entry in entries.items():
-        if not is_intact(folder / name, entry.size, entry.sha256):
+        if not is_intact(folder / name, entry.size, entry.sha256, folder / MANIFEST):
             raise PackError(
                 f"{folder / name}: is not what was released; something changed it",
                 f"See all of it: pack verify {folder}. Remove the folder to release it again.",

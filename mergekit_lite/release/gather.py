@@ -151,9 +151,22 @@ class Made:
         return next((recipe for recipe in found if isinstance(recipe, dict)), {})
 
 
-def is_intact(path: Path, size: int, sha256: str) -> bool:
-    """Whether a file is what was written; it is read only where nobody knows its digest."""
-    return path.is_file() and path.stat().st_size == size and known_sha256(path) == sha256
+def is_intact(path: Path, size: int, sha256: str, seal: Path) -> bool:
+    """Whether a file is what was written.
+
+    It is read only if it was written to after its seal, and nobody knows its digest since.
+
+    Args:
+        path: The file.
+        size: In bytes.
+        sha256: Of its content.
+        seal: The lock or manifest, which was written after it.
+    """
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    if path.stat().st_mtime_ns <= seal.stat().st_mtime_ns:
+        return True
+    return known_sha256(path) == sha256
 
 
 def gather(dist: Path, name: str, folders: Collection[str] | None = None) -> Made:
@@ -244,7 +257,7 @@ def _artifact(path: Path) -> Artifact:
         ) from None
     for entry in files:
         file = path.parent / entry.path
-        if not is_intact(file, entry.size, entry.sha256):
+        if not is_intact(file, entry.size, entry.sha256, path):
             raise PackError(
                 f"{file}: is not what its lock says; something changed it",
                 "Make this result again: the command that made it, with --force.",

@@ -246,7 +246,9 @@ def _lock(folder: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         return {}
     outputs = found.get("outputs", [])
-    whole = all(is_intact(folder / o["path"], o["bytes"], o["sha256"]) for o in outputs)
+    whole = all(
+        is_intact(folder / o["path"], o["bytes"], o["sha256"], folder / LOCK_NAME) for o in outputs
+    )
     return found if whole and outputs else {}
 
 

@@ -18,7 +18,10 @@ import yaml
 import zstandard
 
 from mergekit_lite.errors import FileFormatError, PackError
+from mergekit_lite.release.bundle import make_release
 from mergekit_lite.release.card import render_card
+from mergekit_lite.release.draft import Asked
+from mergekit_lite.release.gather import gather
 from mergekit_lite.release.manifest import read_manifest
 from mergekit_lite.release.verify import verify_release
 from tests.conftest import digests, random_models
@@ -545,3 +548,23 @@ def test_a_card_that_leaves_out_what_must_be_shown(pack: Pack, tmp_path: Path) -
     ran = pack("release", "--template", "card.jinja", cwd=home)
     assert ran.code == 1
     assert "begins with no front matter" in ran.err
+
+
+def test_weights_are_not_read_again(
+    pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release of a fresh merge takes its digests from the lock."""
+    home = _models(tmp_path / "home")
+    assert pack("merge", _recipe(home), "-q", cwd=home).code == 0
+
+    def read(path: Path) -> str:
+        raise AssertionError(f"{path} is read again")
+
+    monkeypatch.setattr("mergekit_lite.release.gather.known_sha256", read)
+    monkeypatch.setattr("mergekit_lite.release.verify.sha256_of", read)
+    made = gather(home / "dist", "mine")
+    weights = [e for a in made.artifacts for e in a.files if e.path.endswith(".safetensors")]
+    assert weights
+    monkeypatch.chdir(home)
+    [release] = make_release(made, Path("dist"), Path(), Asked())
+    assert (release.folder / "model.safetensors").is_file()
