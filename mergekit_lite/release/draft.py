@@ -12,6 +12,7 @@ from mergekit_lite.errors import PackError
 from mergekit_lite.release.gather import Made
 from mergekit_lite.release.hub import HubPlan, hub_plan
 from mergekit_lite.release.licences.combine import Verdict, combine
+from mergekit_lite.release.licences.find import find_data
 from mergekit_lite.release.manifest import TEMPLATE, is_plain_path
 from mergekit_lite.release.profiles import PROFILES, Profile, lacking
 from mergekit_lite.release.sources import ParentSource, find_sources, only_licence
@@ -108,7 +109,10 @@ def draft_release(made: Made, home: Path, version: str, asked: Asked) -> Draft:
     licence = recipe.get("license") or only_licence(sources)
     if licence and not recipe.get("license"):
         notes = [*notes, f"no license: in the recipe; {licence}, which all parents have, is taken"]
-    verdict = combine([s.parent for s in sources], licence, made.title, accepted)
+    data, more = find_data({s.parent.name: s.folder for s in sources}, recipe.get("licenses") or {})
+    notes = [*notes, *more]
+    parents = [*(s.parent for s in sources), *data]
+    verdict = combine(parents, licence, made.title, accepted)
     template = asked.template or _template(recipe, home)
     if recipe:
         recipe |= {"version": version, **_made(made, recipe)}

@@ -15,6 +15,7 @@ from mergekit_lite.release.compared import PLOT
 from mergekit_lite.release.draft import Draft
 from mergekit_lite.release.evaluated import EVALUATION
 from mergekit_lite.release.gather import Made
+from mergekit_lite.release.licences.find import data_sets
 from mergekit_lite.release.licences.table import find_licence
 from mergekit_lite.release.manifest import Entry
 from mergekit_lite.release.papers import made_by
@@ -64,6 +65,10 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
             {"name": s.parent.name, "revision": s.entry.get("revision"), "digest": s.digest,
              "licence": " AND ".join(one.id for one in s.parent.terms) or s.parent.stated}
             for s in sources
+        ],
+        "data_sets": [
+            {"parent": s.parent.name, "names": ", ".join(names)}
+            for s in sources if (names := data_sets(s.folder))
         ],
         "recipe": yaml.safe_dump(_without_card(recipe), sort_keys=True) if recipe else "",
         "quantized": list(_quantized(made)),

@@ -399,3 +399,32 @@ def test_less_than_a_licence(tmp_path: Path) -> None:
         "Commons Clause License Condition\nPermission is hereby granted, free of charge"
     )
     assert find_parent("m", tmp_path, {})[0].licence is None
+
+
+def test_data_sets(pack: Callable[..., Any], tmp_path: Path) -> None:
+    """They count where the recipe states their licence; what nobody states is told."""
+    for name in ("a", "b"):
+        _model(tmp_path / name, "apache-2.0")
+    (tmp_path / "a" / "README.md").write_text(
+        "---\nlicense: apache-2.0\ndatasets: [org/texts, org/more]\n---\n"
+    )
+    recipe = tmp_path / "r.yaml"
+    document = {
+        "merge_method": "linear", "license": "apache-2.0", "name": "mine", "version": "1.0.0",
+        "models": [{"model": "a"}, {"model": "b"}],
+        "licenses": {"org/texts": "cc-by-4.0", "org/mor": "mit"},
+    }  # fmt: skip
+    recipe.write_text(json.dumps(document))
+    ran = pack("build", recipe, cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    ran = pack("licenses", recipe)
+    assert (
+        "'org/mor' is neither a model nor a data set of these; did you mean 'org/more'" in ran.out
+    )
+    assert "licences of data sets are not known: org/more" in ran.out
+    card = (tmp_path / "dist" / "mine" / "release" / "1.0.0" / "README.md").read_text()
+    assert "- a: org/texts, org/more" in card
+    recipe.write_text(json.dumps({**document, "licenses": {"org/texts": "cc-by-nc-4.0"}}))
+    ran = pack("licenses", recipe, "--check")
+    assert ran.code == 1
+    assert "org/texts" in ran.err

@@ -8,12 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_lite.checkpoint.card import read_card
+from mergekit_lite.errors import nearest
 from mergekit_lite.release.licences.combine import Parent
 from mergekit_lite.release.licences.expression import read_licences
 from mergekit_lite.release.licences.table import Licence, licences
 from mergekit_lite.resources import resource_folder
 
-__all__ = ["Stated", "find_parent", "licence_files", "papers_of", "standard_text"]
+__all__ = [
+    "Stated",
+    "data_sets",
+    "find_data",
+    "find_parent",
+    "licence_files",
+    "papers_of",
+    "standard_text",
+]
 
 _LIMIT = 1 << 16
 
@@ -65,6 +74,40 @@ def find_parent(
 
 def _ids(licences: Sequence[Licence]) -> str:
     return " AND ".join(licence.id for licence in licences)
+
+
+def data_sets(folder: Path | None) -> tuple[str, ...]:
+    """What a model was trained on, by its card."""
+    return read_card(folder).texts("datasets")
+
+
+def find_data(
+    parents: Mapping[str, Path | None], by_recipe: Mapping[str, str]
+) -> tuple[list[Parent], list[str]]:
+    """The data sets that parents' cards name, as far as somebody states their licence.
+
+    Args:
+        parents: Where their small files lie, by name.
+        by_recipe: Licences that the recipe states, by name.
+
+    Returns:
+        Data sets with a licence, and what should be known.
+    """
+    named = sorted({one for folder in parents.values() for one in data_sets(folder)})
+    found, notes = [], []
+    for name, stated in by_recipe.items():
+        if name in named:
+            known, whole = read_licences(stated)
+            first, also = (known[0], known[1:]) if known else (None, ())
+            found.append(Parent(name, first, stated, "data", also=also, partly=not whole))
+        elif name not in parents:
+            near = nearest(name, [*parents, *named])
+            notes.append(f"licenses: '{name}' is neither a model nor a data set of these{near}")
+    silent = [name for name in named if name not in by_recipe]
+    if silent:
+        listed = ", ".join(silent[:6]) + (f" and {len(silent) - 6} more" if len(silent) > 6 else "")
+        notes.append(f"licences of data sets are not known: {listed} (licenses: in the recipe)")
+    return found, notes
 
 
 def _stated(folder: Path | None, config: Mapping[str, object]) -> list[Stated]:

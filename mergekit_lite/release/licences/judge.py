@@ -12,7 +12,7 @@ from mergekit_lite.checkpoint.locate import Source
 from mergekit_lite.methods import ALIASES, METHODS
 from mergekit_lite.recipe import read_recipe
 from mergekit_lite.release.licences.combine import Parent, Verdict, combine
-from mergekit_lite.release.licences.find import find_parent
+from mergekit_lite.release.licences.find import find_data, find_parent
 
 __all__ = ["Judged", "judge_models", "judge_recipe", "judge_sources"]
 
@@ -127,7 +127,10 @@ def judge_sources(
             for source in sources for part in source.sources
             if isinstance(base := part.checkpoint.config.get("base_model_name_or_path"), str)
         ]  # fmt: skip
-    every = list(parents.values())
+    folders = {part.reference: part.checkpoint.folder for s in sources for part in s.sources}
+    data, found = find_data(folders, by_recipe or {})
+    notes += found
+    every = [*parents.values(), *data]
     return Judged(every, combine(every, released_as, name, accepted), notes)
 
 
