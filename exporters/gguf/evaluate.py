@@ -12,10 +12,23 @@ from mergekit_lite.checkpoint.gguf import GgufCheckpoint
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.run import Progress
 
-__all__ = ["LlamaSubject"]
+__all__ = ["LlamaSubject", "require_llama_cpp"]
 
 _HELD = 512 << 20
 """Bytes of logits that llama.cpp hands over at a time."""
+
+
+def require_llama_cpp(what: str) -> None:
+    """Refuse where llama.cpp is not installed.
+
+    Raises:
+        PackError: It is missing.
+    """
+    if find_spec("xllamacpp") is None:
+        raise PackError(
+            f"{what}: a GGUF file is run by llama.cpp, which is not installed",
+            "pip install 'pack-models[llama-cpp]'",
+        )
 
 
 class LlamaSubject:
@@ -30,11 +43,7 @@ class LlamaSubject:
     """
 
     def __init__(self, name: str, path: Path) -> None:
-        if find_spec("xllamacpp") is None:
-            raise PackError(
-                f"{name}: a GGUF file is run by llama.cpp, which is not installed",
-                "pip install 'pack-models[llama-cpp]'",
-            )
+        require_llama_cpp(name)
         self.name = name
         self.by = f"llama.cpp (xllamacpp {llama.version()})"
         self._path = path

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import yaml
 
+from exporters.gguf.evaluate import require_llama_cpp
 from exporters.gguf.export import Scheme
 from exporters.gguf.mixtures import find_mixture
 from exporters.gguf.run import Request
 from mergekit_lite.errors import PackError
+from mergekit_lite.evaluate.forward import require_torch
 from mergekit_lite.merge.config import to_json
 from mergekit_lite.merge.lock import stated_recipe
 from mergekit_lite.merge.run import Options, Progress
@@ -21,6 +23,7 @@ from mergekit_lite.methods import ALIASES, METHODS
 from mergekit_lite.recipe import Recipe, read_recipe
 from mergekit_lite.release.bundle import is_same, make_release
 from mergekit_lite.release.draft import Asked, Draft, draft_release
+from mergekit_lite.release.evaluated import text_of
 from mergekit_lite.release.gather import STATED, gather, is_intact, weighing
 from mergekit_lite.release.hub import HubPlan, hub_plan
 from mergekit_lite.release.licences.judge import judge_recipe
@@ -135,6 +138,11 @@ def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
             f"{path}: gives {recipe.output}, which are not evaluated by themselves",
             "Leave out evaluate:, or merge into a model first.",
         )
+    if recipe.evaluate:
+        text_of(recipe.evaluate, path.parent)
+        require_torch("evaluate: in the recipe")
+        if recipe.quantize:
+            require_llama_cpp("evaluate: of quantized files")
     if recipe.version is None and (afterwards.key or afterwards.plan):
         raise PackError(
             f"{path}: makes no release that could be signed or pushed", "Give it a version: 1.0.0"

@@ -252,7 +252,7 @@ def test_what_was_changed_by_hand(pack: Pack, home: Path) -> None:
     assert pack("build", "r.yaml", "-q", cwd=home).code == 0
 
 
-def test_evaluated(pack: Pack, home: Path) -> None:
+def test_evaluated(pack: Pack, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers, plot and command in the card, the Hub's own form in its head; limits stop it."""
     assert pack("build", "r.yaml", "-q", cwd=home).code == 0
     folder = home / "dist" / "ties-release" / "release" / "1.0.0"
@@ -287,6 +287,11 @@ def test_evaluated(pack: Pack, home: Path) -> None:
     ran = pack("build", "r.yaml", cwd=home)
     assert ran.code == 1
     assert "perplexity_change" in ran.err
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "transformers", None)
+        ran = pack("build", "r.yaml", cwd=home)
+        assert ran.code == 1
+        assert "pip install 'pack-models[eval]'" in ran.err
     _edit(home, evaluate={**section, "text": "nowhere.txt"})
     ran = pack("build", "r.yaml", cwd=home)
     assert ran.code == 1
