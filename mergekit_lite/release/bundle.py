@@ -17,7 +17,7 @@ import yaml
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.config import to_json
 from mergekit_lite.merge.lock import LOCK_NAME
-from mergekit_lite.release.card import render_card, standard_template
+from mergekit_lite.release.card import lint_front_matter, render_card, standard_template
 from mergekit_lite.release.draft import Asked, Draft, draft_release
 from mergekit_lite.release.facts import card_values
 from mergekit_lite.release.gather import Made
@@ -188,10 +188,12 @@ def _check_card(card: str, values: dict[str, Any]) -> None:
                 f"the template of the card leaves out what must be shown: {missing[0]}",
                 f"Let it show every line of '{name}', as templates/card.md.jinja does.",
             )
-    if not card.startswith("---\n"):
+    wrong = lint_front_matter(card)
+    if wrong:
         raise PackError(
-            "the template of the card begins with no front matter, which the Hub reads",
-            "Begin it with: ---\\n{{ front_matter }}---",
+            f"the head of the card is none that the Hub reads: {'; '.join(wrong)}",
+            "Begin the template with a line ---, then {{ front_matter }}---, as "
+            "templates/card.md.jinja does.",
         )
 
 

@@ -17,12 +17,18 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mergekit_lite.errors import PackError
-from mergekit_lite.release.licences.table import find_licence
+from mergekit_lite.release.licences.table import find_licence, hub_ids
 from mergekit_lite.resources import resource_folder
 
-__all__ = ["front_matter", "render", "render_card", "standard_template"]
+__all__ = ["front_matter", "lint_front_matter", "render", "render_card", "standard_template"]
 
 _LONGEST = 1 << 20
+_RELATIONS = ("adapter", "finetune", "merge", "quantized")
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "base_model": (str, list), "language": (str, list), "library_name": (str,),
+    "license_link": (str,), "license_name": (str,), "model-index": (list,), "pipeline_tag": (str,),
+    "tags": (list,),
+}  # fmt: skip
 _SECONDS = 5
 _MEMORY = 2 << 30
 """What a template of one's own may take: seconds of a processor, and bytes."""
@@ -57,7 +63,7 @@ def front_matter(
     if licence is not None:
         found = find_licence(licence)
         name = found.id if found else licence
-        head["license"] = name if found is not None and found.hub else "other"
+        head["license"] = name if name in hub_ids() else "other"
         if head["license"] == "other":
             head["license_name"] = name
             head["license_link"] = found.url if found else "LICENSE"
@@ -72,6 +78,32 @@ def front_matter(
     if results:
         head["model-index"] = [dict(result) for result in results]
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+
+
+def lint_front_matter(card: str) -> list[str]:
+    """What the Hub would not take, or not understand, of a card's head; nothing if all is well."""
+    parts = card.split("---\n", 2)
+    if not card.startswith("---\n") or len(parts) < 3:
+        return ["it begins with no front matter"]
+    try:
+        head = yaml.safe_load(parts[1])
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return [f"its front matter is no YAML ({str(error).splitlines()[0]:.100})"]
+    if not isinstance(head, dict):
+        return ["its front matter is no mapping"]
+    found = []
+    licence = head.get("license")
+    if licence is not None and licence not in hub_ids():
+        found.append(f"the Hub has no license '{licence}'; write other, license_name, license_link")
+    if licence == "other" and not (head.get("license_name") and head.get("license_link")):
+        found.append("license: other needs license_name and license_link")
+    for key, kind in _KINDS.items():
+        if key in head and not isinstance(head[key], kind):
+            found.append(f"'{key}' is a {type(head[key]).__name__}")
+    relation = head.get("base_model_relation")
+    if relation is not None and relation not in _RELATIONS:
+        found.append(f"the Hub has no base_model_relation '{relation}'")
+    return found
 
 
 def render_card(template: str, values: Mapping[str, Any]) -> bytes:

@@ -19,7 +19,7 @@ import zstandard
 
 from mergekit_lite.errors import FileFormatError, PackError
 from mergekit_lite.release.bundle import make_release
-from mergekit_lite.release.card import render_card
+from mergekit_lite.release.card import front_matter, lint_front_matter, render_card
 from mergekit_lite.release.draft import Asked
 from mergekit_lite.release.gather import gather
 from mergekit_lite.release.manifest import read_manifest
@@ -547,7 +547,7 @@ def test_a_card_that_leaves_out_what_must_be_shown(pack: Pack, tmp_path: Path) -
     (home / "card.jinja").write_text("# Mine\n{{ display | join }}")
     ran = pack("release", "--template", "card.jinja", cwd=home)
     assert ran.code == 1
-    assert "begins with no front matter" in ran.err
+    assert "it begins with no front matter" in ran.err
 
 
 def test_weights_are_not_read_again(
@@ -568,3 +568,23 @@ def test_weights_are_not_read_again(
     monkeypatch.chdir(home)
     [release] = make_release(made, Path("dist"), Path(), Asked())
     assert (release.folder / "model.safetensors").is_file()
+
+
+HEADS = {
+    "license: mit": None, "license: other\nlicense_name: x\nlicense_link: LICENSE": None,
+    "license: apache2": "no license 'apache2'", "license: other": "needs license_name",
+    "tags: merge": "'tags' is a str", "base_model_relation: child": "no base_model_relation",
+    "a: [": "is no YAML", "- a": "is no mapping",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_the_hub_reads(head: str) -> None:
+    found = lint_front_matter(f"---\n{head}\n---\n# x")
+    assert (found == []) if HEADS[head] is None else (str(HEADS[head]) in found[0])
+
+
+@pytest.mark.parametrize("licence", ["apache-2.0", "exaone", "mpl-2.0", "mine", None])
+def test_every_head_of_ours_is_read(licence: str | None) -> None:
+    head = front_matter(licence, ["org/a"], "merge", ["en"], ["x"], "transformers")
+    assert lint_front_matter(f"---\n{head}---\n") == []

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KEEP", "Licence", "find_licence", "licences"]
+__all__ = ["KEEP", "Licence", "find_licence", "hub_ids", "licences"]
 
 KEEP = "keep"
 """Value of `Licence.notice`: notices of others are kept."""
@@ -48,7 +48,6 @@ class Licence:
         source: Whether they go with their source.
         no_more: Whether no further restrictions may be added.
         limit: Another limit, in words.
-        hub: Whether it is a word of the Hub's own list.
         text: Regular expression of words that tell its text from others'; empty for none.
     """
 
@@ -76,7 +75,6 @@ class Licence:
     source: bool = False
     no_more: bool = False
     limit: str = ""
-    hub: bool = False
     text: str = ""
 
     @property
@@ -104,6 +102,14 @@ def licences() -> Mapping[str, Licence]:
         assert values.keys() <= known, values.keys() - known  # noqa: S101 (our own file)
         found[row["id"]] = Licence(**values)
     return found
+
+
+@cache
+def hub_ids() -> frozenset[str]:
+    """Licences that the Hub has a word for."""
+    import yaml
+
+    return frozenset(yaml.safe_load(Path(__file__).with_name("hub.yaml").read_text("utf-8")))
 
 
 def find_licence(name: str) -> Licence | None:
