@@ -12,13 +12,13 @@ from mergekit_lite.checkpoint.gguf import GgufCheckpoint
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.run import Progress
 
-__all__ = ["LlamaSubject", "require_llama_cpp"]
+__all__ = ["LlamaSubject", "require_runner"]
 
 _HELD = 512 << 20
 """Bytes of logits that llama.cpp hands over at a time."""
 
 
-def require_llama_cpp(what: str) -> None:
+def require_runner(what: str) -> None:
     """Refuse where llama.cpp is not installed.
 
     Raises:
@@ -43,7 +43,7 @@ class LlamaSubject:
     """
 
     def __init__(self, name: str, path: Path) -> None:
-        require_llama_cpp(name)
+        require_runner(name)
         self.name = name
         self.by = f"llama.cpp (xllamacpp {llama.version()})"
         self._path = path

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from exporters.gguf.evaluate import require_llama_cpp
+from exporters.gguf.evaluate import require_runner
 from exporters.gguf.export import Scheme
 from exporters.gguf.mixtures import find_mixture
 from exporters.gguf.run import Request
@@ -142,7 +142,7 @@ def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
         text_of(recipe.evaluate, path.parent)
         require_torch("evaluate: in the recipe")
         if recipe.quantize:
-            require_llama_cpp("evaluate: of quantized files")
+            require_runner("evaluate: of quantized files")
     if recipe.version is None and (afterwards.key or afterwards.plan):
         raise PackError(
             f"{path}: makes no release that could be signed or pushed", "Give it a version: 1.0.0"
