@@ -126,6 +126,13 @@ def test_no_architecture_is_named_in_our_code() -> None:
     words = ("llama", "mixtral", "qwen", "gemma", "gpt2", "bert", "mistral", "phi3")
     for path in (ROOT / "mergekit_lite").rglob("*.py"):
         text = path.read_text().lower()
-        for program in ("llama.cpp", "llama-cpp", "llama-server", "llama-imatrix", "xllamacpp"):
+        for program in (
+            "llama.cpp",
+            "llama-cpp",
+            "llama-server",
+            "llama-imatrix",
+            "llama-quantize",
+            "xllamacpp",
+        ):
             text = text.replace(program, "")
         assert not [word for word in words if word in text], path
