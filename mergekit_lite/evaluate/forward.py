@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from mergekit_lite.checkpoint.protocol import Checkpoint
@@ -31,14 +32,12 @@ def require_torch(what: str) -> None:
     Raises:
         PackError: One of them is missing.
     """
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
+    missing = next((name for name in ("torch", "transformers") if find_spec(name) is None), None)
+    if missing is not None:  # not imported: that takes seconds
         raise PackError(
-            f"{what} runs the model, and '{error.name}' is not installed",
+            f"{what} runs the model, and '{missing}' is not installed",
             "pip install 'pack-models[eval]'",
-        ) from None
+        )
 
 
 class _Reached(Exception):
