@@ -10,12 +10,9 @@ from exporters.gguf.evaluate import LlamaSubject
 from mergekit_lite.errors import PackError
 from mergekit_lite.evaluate.measure import LayerwiseSubject, Subject
 from mergekit_lite.merge.model import WholeModel, open_whole
-from mergekit_lite.merge.run import Progress, default_threads
-from mergekit_lite.merge.stream import run_jobs
+from mergekit_lite.merge.run import Progress
 
 __all__ = ["open_subject", "tokenizing"]
-
-_HELD_BYTES = 256 * 10**6
 
 
 @contextmanager
@@ -43,10 +40,12 @@ def open_subject(
         return
     whole = open_whole(name, home)
     try:
-        whole.observe(
-            lambda jobs: run_jobs(jobs, default_threads(), _HELD_BYTES, progress.advance), progress
-        )
-        yield LayerwiseSubject(name, whole.checkpoint, dtype, device), whole
+        whole.observe_alone(progress)
+        subject = LayerwiseSubject(name, whole.checkpoint, dtype, device)
+        try:
+            yield subject, whole
+        finally:
+            subject.close()
     finally:
         whole.close()
 

@@ -10,6 +10,7 @@ from typing import Any
 from exporters.gguf import llama
 from mergekit_lite.checkpoint.gguf import GgufCheckpoint
 from mergekit_lite.errors import PackError
+from mergekit_lite.evaluate.measure import check_tokens
 from mergekit_lite.merge.run import Progress
 
 __all__ = ["LlamaSubject", "require_runner"]
@@ -55,13 +56,7 @@ class LlamaSubject:
 
     def prepare(self, batches: Sequence[Any], progress: Progress) -> None:
         """Nothing: llama.cpp loads the file when it is asked."""
-        largest = max(int(batch.max()) for batch in batches)
-        if largest >= self._vocabulary:
-            raise PackError(
-                f"{self.name}: knows {self._vocabulary} tokens, the text has one of number "
-                f"{largest}",
-                "Models are compared on one text in the tokens of the first; theirs must be alike.",
-            )
+        check_tokens(self.name, self._vocabulary, batches)
 
     def logits(self, batches: Sequence[Any]) -> Iterator[Any]:
         """Logits of every batch."""

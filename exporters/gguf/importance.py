@@ -23,13 +23,9 @@ from mergekit_lite.evaluate.forward import require_torch
 from mergekit_lite.evaluate.inputs import ColumnSums, squared_inputs, stacked
 from mergekit_lite.evaluate.text import Windows, cut, read_text, tokenizer_of
 from mergekit_lite.merge.model import WholeModel, open_whole
-from mergekit_lite.merge.run import Progress, default_threads
-from mergekit_lite.merge.stream import run_jobs
+from mergekit_lite.merge.run import Progress
 
 __all__ = ["Importance", "importance_of", "measure_importance", "write_imatrix"]
-
-_BATCH_TOKENS = 2048
-_HELD_BYTES = 256 * 10**6
 
 
 @dataclass(frozen=True)
@@ -70,12 +66,8 @@ def measure_importance(
     Raises:
         PackError: The model has no form in GGUF, or cannot be run.
     """
-    import torch
-
     gguf = GgufModel.convert(model.checkpoint, model.files)
-    size = max(1, _BATCH_TOKENS // windows.context)
-    batches = list(torch.tensor(windows.ids, dtype=torch.int64).split(size))
-    found = squared_inputs(model.checkpoint, batches, progress, device=device)
+    found = squared_inputs(model.checkpoint, windows.batches(), progress, device=device)
     sums, counts = {}, {}
     for name in gguf.names:
         pair = _of_tensor(gguf, name, found)
@@ -141,9 +133,7 @@ def importance_of(
                 f"{model.reference}: is a GGUF file, whose inputs cannot be looked at",
                 "Give the model that it was made of.",
             )
-        model.observe(
-            lambda jobs: run_jobs(jobs, default_threads(), _HELD_BYTES, progress.advance), progress
-        )
+        model.observe_alone(progress)
         with tokenizer_of(model.files, model.reference) as tokenizer:
             pieces = cut(read_text(text), tokenizer, model.reference, context, windows)
         return measure_importance(model, pieces, progress, device)

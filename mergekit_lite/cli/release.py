@@ -98,11 +98,11 @@ def command(
     from mergekit_lite.release.bundle import make_release
     from mergekit_lite.release.draft import Asked
     from mergekit_lite.release.gather import gather, last_name
-    from mergekit_lite.release.hub import hub_plan
     from mergekit_lite.release.oci import write_layout
     from mergekit_lite.release.push import describe, push_all, refuse_secrets
     from mergekit_lite.release.push_oci import push_image
-    from mergekit_lite.release.sign import KEYLESS, sign_release
+    from mergekit_lite.release.sign import key_file, sign_release
+    from mergekit_lite.release.verify import require_whole
 
     if version and bump:
         raise click.UsageError("give --version or --bump, not both")
@@ -110,17 +110,13 @@ def command(
     made = gather(dist, name or last_name(dist))
     if dry_run and repo is None and registry is None:
         raise click.UsageError("--dry-run goes with --push-hub or --push-oci")
-    if key not in (None, KEYLESS) and not Path(str(key)).is_file():
-        raise PackError(
-            f"{key}: there is no such key", "Give the file of a private key, or sigstore"
-        )
+    signer = key_file(key) if key is not None else None
     if repo is None and (private or pull_request):
         raise click.UsageError("--private and --pull-request go with --push-hub")
     plan = None if repo is None else planned(repo, made.recipe, private)
     text = template.read_text("utf-8") if template is not None else None
     chosen = version or (_bumped(made, dist, bump) if bump else made.recipe.get("version"))
-    wanted = hub_plan(made.recipe.get("hub"))
-    parts = made.parts(per_format=wanted is not None and wanted.per_format)
+    parts = made.parts()
     folders = [part.releases(dist) / str(chosen) for part in parts]
     more = plan is not None or any((key, archive, oci, registry))
     released: list[Release] = []
@@ -143,9 +139,9 @@ def command(
     done: list[str] = []
     for part, folder in zip(parts, folders, strict=True):
         if not released and (key or archive or oci):
-            _check_whole(folder)
+            require_whole(folder, default_threads())
         if key is not None:
-            now = sign_release(folder, None if key == KEYLESS else Path(key))
+            now = sign_release(folder, signer)
             done.append(f"signature{'' if now else ', kept'} → {folder / SIGNATURE}")
         for kind in (archive, "oci" if oci else None):
             if kind is not None:
@@ -169,24 +165,6 @@ def command(
         _show(folders, released, pushed)
         for line in done:
             click.echo(plain(line))
-
-
-def _check_whole(folder: Path) -> None:
-    """A release that was made earlier is what it was, before it is signed or packed.
-
-    Raises:
-        PackError: It is not.
-    """
-    from mergekit_lite.errors import PackError
-    from mergekit_lite.merge.run import default_threads
-    from mergekit_lite.release.verify import verify_release
-
-    found = verify_release(folder, default_threads())
-    if found.problems:
-        listed = "".join(f"\n  {problem}" for problem in found.problems)
-        raise PackError(
-            f"{folder}: is not as it was released:{listed}", "Release it again, as a new version."
-        )
 
 
 def _bumped(made: Made, dist: Path, bump: str) -> str:

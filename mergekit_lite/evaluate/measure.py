@@ -21,9 +21,8 @@ from mergekit_lite.evaluate.forward import ACTIVATIONS, LayerwiseModel
 from mergekit_lite.evaluate.text import Windows
 from mergekit_lite.merge.run import Progress
 
-__all__ = ["LayerwiseSubject", "Measured", "Subject", "measure"]
+__all__ = ["LayerwiseSubject", "Measured", "Subject", "check_tokens", "measure"]
 
-_BATCH_TOKENS = 2048
 _Z95 = 1.959964
 """Standard errors on either side that hold a normal variable in 95 % of cases."""
 
@@ -111,14 +110,9 @@ class LayerwiseSubject:
 
     def prepare(self, batches: Sequence[Any], progress: Progress) -> None:
         """Run all layers."""
-        largest = max(int(batch.max()) for batch in batches)
-        if largest >= self._model.vocabulary:
-            raise PackError(
-                f"{self.name}: knows {self._model.vocabulary} tokens, the text has one of number "
-                f"{largest}",
-                "Models are compared on one text in the tokens of the first; theirs must be alike.",
-            )
-        self._kept = self._model.hidden(batches, progress)
+        check_tokens(self.name, self._model.vocabulary, batches)
+        if self._kept is None:
+            self._kept = self._model.hidden(batches, progress)
 
     def logits(self, batches: Sequence[Any]) -> Iterator[Any]:
         """See `Subject`."""
@@ -132,6 +126,21 @@ class LayerwiseSubject:
         """Forget the hidden states."""
         if self._kept is not None:
             self._kept.close()
+            self._kept = None
+
+
+def check_tokens(name: str, vocabulary: int, batches: Sequence[Any]) -> None:
+    """Check that a model knows all tokens of a text.
+
+    Raises:
+        PackError: It does not.
+    """
+    largest = max(int(batch.max()) for batch in batches)
+    if largest >= vocabulary:
+        raise PackError(
+            f"{name}: knows {vocabulary} tokens, the text has one of number {largest}",
+            "Models are compared on one text in the tokens of the first; theirs must be alike.",
+        )
 
 
 def measure(
@@ -145,13 +154,13 @@ def measure(
         windows: The text.
         progress: Told how far it is.
 
+    What was prepared for the reference stays, for the next call on the same text, until whoever
+    opened it closes it.
+
     Returns:
         The reference first, if it is none of the models, then the models.
     """
-    import torch
-
-    size = max(1, _BATCH_TOKENS // windows.context)
-    batches = list(torch.tensor(windows.ids, dtype=torch.int64).split(size))
+    batches = windows.batches()
     order = [*([] if reference is None or reference in subjects else [reference]), *subjects]
     if reference is not None:
         reference.prepare(batches, progress)
@@ -163,8 +172,6 @@ def measure(
         found.append(_measured(subject, reference, batches, progress))
         if subject is not reference:
             subject.close()
-    if reference is not None:
-        reference.close()
     return found
 
 

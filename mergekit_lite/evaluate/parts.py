@@ -8,7 +8,6 @@ loaded whole.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -103,15 +102,6 @@ class Parts:
                 owner._parameters[own] = torch.nn.Parameter(gone, requires_grad=False)  # noqa: SLF001
             else:
                 owner._buffers[own] = gone  # noqa: SLF001
-
-    @contextmanager
-    def filled(self, path: str) -> Iterator[Any]:
-        """A module with its parameters, for as long as the block lasts."""
-        self.fill(path, self.read(path))
-        try:
-            yield self.model.get_submodule(path)
-        finally:
-            self.empty(path)
 
     def _values(self, parameter: str, shape: tuple[int, ...]) -> Array:
         for name in (parameter, *self._shared.get(parameter, ())):

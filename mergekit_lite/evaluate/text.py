@@ -16,6 +16,7 @@ from mergekit_lite.errors import PackError
 
 __all__ = ["Text", "Windows", "cut", "read_text", "tokenizer_of"]
 
+_BATCH_TOKENS = 2048
 _FEWEST = 2
 _LARGEST = 1 << 30
 
@@ -53,6 +54,13 @@ class Windows:
     def context(self) -> int:
         """Tokens in each."""
         return len(self.ids[0])
+
+    def batches(self) -> list[Any]:
+        """As tensors ``(sequences, tokens)`` int64, some thousand tokens in each."""
+        import torch
+
+        size = max(1, _BATCH_TOKENS // self.context)
+        return list(torch.tensor(self.ids, dtype=torch.int64).split(size))
 
     def describe(self) -> dict[str, Any]:
         """For a lock."""

@@ -22,14 +22,16 @@ from mergekit_lite.errors import PackError
 from mergekit_lite.merge.checkpoint import MergeCheckpoint
 from mergekit_lite.merge.config import COMES_ALONG
 from mergekit_lite.merge.lock import LOCK_NAME, resolved_recipe
-from mergekit_lite.merge.run import Prepared, Progress, observing, prepare
-from mergekit_lite.merge.stream import Job
+from mergekit_lite.merge.run import Prepared, Progress, default_threads, observing, prepare
+from mergekit_lite.merge.stream import Job, run_jobs
 from mergekit_lite.methods import ALIASES, METHODS
 from mergekit_lite.recipe import Recipe, read_recipe
 from mergekit_lite.tokenizer.vocabulary import TOKENIZER_FILES
 
 __all__ = ["WholeModel", "last_result", "open_whole", "small_files_of"]
 
+_HELD_BYTES = 256 * 10**6
+"""That may be held between the passes of all tensors."""
 _TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja", "chat_template.json")
 
 
@@ -61,6 +63,12 @@ class WholeModel:
         """Show a merge whose statistic spans the model all tensors; once, before the first read."""
         if isinstance(self.checkpoint, MergeCheckpoint):
             observing(self.checkpoint, run, progress)
+
+    def observe_alone(self, progress: Progress) -> None:
+        """The same on all cores, for whoever reads tensors one by one."""
+        self.observe(
+            lambda jobs: run_jobs(jobs, default_threads(), _HELD_BYTES, progress.advance), progress
+        )
 
     def describe(self) -> dict[str, Any]:
         """How it was made, for a lock."""

@@ -25,11 +25,11 @@ from mergekit_lite.release.bundle import is_same, make_release
 from mergekit_lite.release.draft import Asked, Draft, draft_release
 from mergekit_lite.release.evaluated import text_of
 from mergekit_lite.release.gather import STATED, gather, is_intact, weighing
-from mergekit_lite.release.hub import HubPlan, hub_plan
+from mergekit_lite.release.hub import HubPlan
 from mergekit_lite.release.licences.judge import judge_recipe
 from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
 from mergekit_lite.release.push import push_all
-from mergekit_lite.release.sign import KEYLESS, sign_release
+from mergekit_lite.release.sign import key_file, sign_release
 from mergekit_lite.release.steps import (
     Place,
     Step,
@@ -48,7 +48,7 @@ class Afterwards:
     """What is done with a release.
 
     Attributes:
-        key: What it is signed with: a private key's file, or `KEYLESS`; None if it is not.
+        key: What it is signed with: a private key's file, or `sign.KEYLESS`; None if it is not.
         plan: Where on the Hub it is pushed to; None if it is not.
     """
 
@@ -147,9 +147,8 @@ def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
         raise PackError(
             f"{path}: makes no release that could be signed or pushed", "Give it a version: 1.0.0"
         )
-    key = afterwards.key
-    if key is not None and key != KEYLESS and not Path(key).is_file():
-        raise PackError(f"{key}: there is no such key", "Give a private key's file, or sigstore.")
+    if afterwards.key is not None:
+        key_file(afterwards.key)
 
 
 def _check_version(recipe: Recipe, dist: Path) -> None:
@@ -181,7 +180,7 @@ def _after(
     steps = list(built.steps)
     began = time.monotonic()
     if after.key is not None:
-        key = None if after.key == KEYLESS else Path(after.key)
+        key = key_file(after.key)
         done = [sign_release(folder, key) for folder in folders]
         seconds = time.monotonic() - began
         steps.append(Step("sign", any(done), seconds, folders[0] / SIGNATURE))
@@ -200,8 +199,7 @@ def _release(recipe: Recipe, dist: Path, home: Path, steps: list[Step], asked: A
     made = gather(dist, str(recipe.name), {step.folder.name for step in steps})
     made = replace(made, stated=stated_recipe(recipe))
     version = str(recipe.version)
-    plan = hub_plan(made.recipe.get("hub"))
-    parts = made.parts(per_format=plan is not None and plan.per_format)
+    parts = made.parts()
     folders = [part.releases(dist) / version for part in parts]
     name = f"release {version}"
     if all((folder / MANIFEST).is_file() for folder in folders):

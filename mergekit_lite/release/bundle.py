@@ -21,7 +21,6 @@ from mergekit_lite.release.card import lint_front_matter, render_card, standard_
 from mergekit_lite.release.draft import Asked, Draft, draft_release
 from mergekit_lite.release.facts import card_values
 from mergekit_lite.release.gather import Made
-from mergekit_lite.release.hub import hub_plan
 from mergekit_lite.release.manifest import MANIFEST, TEMPLATE, Entry, make_manifest, read_manifest
 from mergekit_lite.release.papers import licence_texts, make_notice
 from mergekit_lite.release.provenance import make_provenance
@@ -70,8 +69,7 @@ def make_release(made: Made, dist: Path, home: Path, asked: Asked) -> list[Relea
     Raises:
         PackError: Licences conflict, the version exists, or something is missing.
     """
-    plan = hub_plan(made.recipe.get("hub"))
-    parts = made.parts(per_format=plan is not None and plan.per_format)
+    parts = made.parts()
     version = _version(made, made.releases(dist), asked)
     drafts = [draft_release(part, home, version, asked) for part in parts]
     missing = [
@@ -112,14 +110,9 @@ def _write(draft: Draft, folder: Path) -> Release:
     made, version = draft.made, draft.version
     with new_folder(folder) as partial:
         writer = ReleaseWriter(partial, folder)
-        weights = made.entries()
-        sources = {
-            made.place(artifact, entry.path): artifact.folder / entry.path
-            for artifact in made.artifacts for entry in artifact.files
-        }  # fmt: skip
-        for entry in weights:
-            writer.link(sources[entry.path], entry)
-        for path, content in papers(draft, weights).items():
+        for source, entry in made.files():
+            writer.link(source, entry)
+        for path, content in papers(draft, list(writer.entries)).items():
             writer.write(path, content)
         manifest = make_manifest(made.title, version, writer.entries)
         writer.seal(manifest)
@@ -169,7 +162,7 @@ def papers(draft: Draft, weights: Sequence[Entry]) -> dict[str, bytes]:
 def is_same(draft: Draft, folder: Path) -> bool:
     """Whether a release that is there is what this one would be."""
     entries = read_manifest(folder / MANIFEST)[1]
-    weights = draft.made.entries()
+    weights = [entry for _, entry in draft.made.files()]
     now = {entry.path: entry.sha256 for entry in weights}
     now |= {p: hashlib.sha256(c).hexdigest() for p, c in papers(draft, weights).items()}
     return now == {path: entry.sha256 for path, entry in entries.items()}

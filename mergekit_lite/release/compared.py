@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +10,9 @@ from mergekit_lite.analyse.plot import by_layer, layer_plot
 from mergekit_lite.checkpoint.locate import Source
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.config import to_json
-from mergekit_lite.merge.lock import LOCK_NAME, lock_file
 from mergekit_lite.merge.run import Progress
-from mergekit_lite.merge.writer import OutputFile, explained, refuse_existing, write_durably
-from mergekit_lite.release.writer import new_folder
+from mergekit_lite.merge.writer import refuse_existing
+from mergekit_lite.release.writer import write_result
 
 __all__ = ["PLOT", "compare_inputs"]
 
@@ -62,13 +60,5 @@ def compare_inputs(
         ],
     }  # fmt: skip
     files = {"deltas.json": to_json(data), PLOT: layer_plot(layers, names[1:]).encode()}
-    weights = {source.reference: source.checkpoint.input_files() for source in sources}
-    outputs = [
-        OutputFile(name, len(content), hashlib.sha256(content).hexdigest())
-        for name, content in files.items()
-    ]
-    lock = lock_file("compare", {"models": list(names)}, sources, weights, outputs)
-    with new_folder(folder, replace=True) as partial, explained(folder):
-        for name, content in {**files, LOCK_NAME: lock}.items():
-            write_durably(partial / name, content)
+    write_result(folder, "compare", {"models": list(names)}, sources, files)
     return True

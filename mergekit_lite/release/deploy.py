@@ -6,7 +6,6 @@ go back to, changes while the release does not.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,16 @@ from mergekit_lite.errors import PackError, nearest
 from mergekit_lite.merge.lock import LOCK_NAME
 from mergekit_lite.merge.writer import explained, write_durably
 from mergekit_lite.release.card import render
-from mergekit_lite.release.facts import cache_bytes
+from mergekit_lite.release.facts import cache_bytes, file_size
 from mergekit_lite.release.licences.combine import Parent, combine
 from mergekit_lite.release.licences.table import find_licence
-from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, Entry, read_manifest
+from mergekit_lite.release.manifest import (
+    MANIFEST,
+    SIGNATURE,
+    Entry,
+    read_manifest,
+    read_object,
+)
 from mergekit_lite.release.verify import verify_release
 from mergekit_lite.release.version import is_before
 from mergekit_lite.release.writer import new_folder
@@ -96,7 +101,7 @@ def deploy_release(
     if folder.exists():
         raise PackError(f"{folder}: already exists", "Remove it, or choose another: -o DIR")
     served = _served(release, entries, target, file)
-    config = _json(release / "config.json")
+    config = read_object(release / "config.json")
     longest = (config.get("text_config") or config).get("max_position_embeddings")
     if isinstance(longest, int) and longest > 0:
         context = min(context, longest)
@@ -112,8 +117,8 @@ def deploy_release(
         _Check("its format fits the target", True, f"{target} reads {_kind(served)}"),
         *_measured(release, served),
         _Check("memory is enough", False,
-               f"{_human(size)} of weights" + (f" and {_human(cache)} for {context} tokens of "
-               "context in 16 bit, for each request that runs" if cache else "")),
+               f"{file_size(size)} of weights" + (f" and {file_size(cache)} for {context} tokens "
+               "of context in 16 bit, for each request that runs" if cache else "")),
         _Check("the server is pinned", "@sha256:" in chosen,
                f"{chosen}" if "@sha256:" in chosen else f"{chosen} is a tag, which may move; take "
                "its digest: docker buildx imagetools inspect"),
@@ -145,7 +150,9 @@ def _served(
     release: Path, entries: Mapping[str, Entry], target: str, file: str | None
 ) -> list[str]:
     """The files that the server needs, within the release."""
-    kinds = {r.get("kind") for r in (_json(release / LOCK_NAME).get("results") or {}).values()}
+    kinds = {
+        r.get("kind") for r in (read_object(release / LOCK_NAME).get("results") or {}).values()
+    }
     if kinds & {"adapter", "adapters", "extract"}:
         raise PackError(
             f"{release}: holds adapters, which are served beside their base",
@@ -181,7 +188,7 @@ def _kind(served: Sequence[str]) -> str:
 
 def _measured(release: Path, served: Sequence[str]) -> list[_Check]:
     """What quantizing the served file did, where that was measured."""
-    results = _json(release / LOCK_NAME).get("results") or {}
+    results = read_object(release / LOCK_NAME).get("results") or {}
     for result in results.values():
         outputs = {str(o["path"]) for o in result.get("outputs", [])}
         if result.get("kind") != "quantize" or not outputs & {n.rpartition("/")[2] for n in served}:
@@ -207,7 +214,7 @@ def _before(release: Path) -> str | None:
 
 def _obligations(release: Path) -> list[_Check]:
     """What whoever serves it must do by the licences of its parents."""
-    bill = _json(release / "sbom.cdx.json")
+    bill = read_object(release / "sbom.cdx.json")
     ancestors = bill.get("metadata", {}).get("component", {}).get("pedigree", {})
     names = {
         str(licence.get("license", {}).get("id") or licence.get("license", {}).get("name"))
@@ -219,15 +226,3 @@ def _obligations(release: Path) -> list[_Check]:
         _Check(f"licence: {o.what}", False, ", ".join(o.because))
         for o in combine(parents).obligations if o.kind in kinds
     ]  # fmt: skip
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _human(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

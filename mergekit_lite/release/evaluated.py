@@ -7,7 +7,6 @@ goes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,14 +17,13 @@ from mergekit_lite.checkpoint.locate import Source, find_local
 from mergekit_lite.errors import PackError
 from mergekit_lite.evaluate.forward import require_torch
 from mergekit_lite.evaluate.measure import Measured, measure
-from mergekit_lite.evaluate.text import cut, read_text, tokenizer_of
+from mergekit_lite.evaluate.text import Text, cut, tokenizer_of
 from mergekit_lite.merge.config import to_json
-from mergekit_lite.merge.lock import LOCK_NAME, lock_file
 from mergekit_lite.merge.run import Progress
-from mergekit_lite.merge.writer import OutputFile, explained, refuse_existing, write_durably
+from mergekit_lite.merge.writer import refuse_existing
 from mergekit_lite.recipe import EvaluateSection
 from mergekit_lite.release.card import render
-from mergekit_lite.release.writer import new_folder
+from mergekit_lite.release.writer import write_result
 from mergekit_lite.resources import resource_folder
 
 __all__ = ["EVALUATION", "check_thresholds", "evaluate_results", "text_of"]
@@ -53,6 +51,7 @@ def text_of(section: EvaluateSection, home: Path) -> Path | None:
 
 def evaluate_results(
     section: EvaluateSection,
+    text: Text,
     home: Path,
     model: Path,
     quantized: Mapping[str, Path],
@@ -66,6 +65,7 @@ def evaluate_results(
 
     Args:
         section: What the recipe asks for.
+        text: What the models are run on.
         home: Folder that relative paths of the recipe start from.
         model: Folder of the model.
         quantized: GGUF files of it, by the names that they go by.
@@ -80,43 +80,29 @@ def evaluate_results(
     """
     require_torch("evaluate:")
     refuse_existing(folder, force)
-    found = _measure(section, home, model, quantized, progress)
-    text = read_text(text_of(section, home))
+    found = _measure(section, text, home, model, quantized, progress)
     data = {"text": text.name, "measured": [_rounded(one) for one in found]}
     files = {"evaluation.json": to_json(data), EVALUATION: _plot(found).encode()}
-    weights = {source.reference: source.checkpoint.input_files() for source in sources}
-    outputs = [
-        OutputFile(name, len(content), hashlib.sha256(content).hexdigest())
-        for name, content in files.items()
-    ]
-    lock = lock_file("evaluate", {**fields, **data}, sources, weights, outputs)
-    with new_folder(folder, replace=True) as partial, explained(folder):
-        for name, content in {**files, LOCK_NAME: lock}.items():
-            write_durably(partial / name, content)
+    write_result(folder, "evaluate", {**fields, **data}, sources, files)
 
 
 def _measure(
     section: EvaluateSection,
+    text: Text,
     home: Path,
     model: Path,
     quantized: Mapping[str, Path],
     progress: Progress,
 ) -> list[Measured]:
-    found: list[Measured] = []
+    """The model against the recipe's reference, then its files against it; it is run once."""
     with ExitStack() as stack:
         subject, whole = stack.enter_context(
             open_subject(model.name, model.parent, "float32", "cpu", progress)
         )
         files, label = tokenizing([whole], [model.name])
         with tokenizer_of(files, label) as tokenizer:
-            text = read_text(text_of(section, home))
             pieces = cut(text, tokenizer, label, section.context, section.windows, section.seed)
         subject.name = _MODEL
-        if section.reference is not None:
-            reference, _ = stack.enter_context(
-                open_subject(section.reference, home, "float32", "cpu", progress)
-            )
-            found += measure([subject], reference, pieces, progress)
         others = []
         for name, path in quantized.items():
             other, _ = stack.enter_context(
@@ -124,12 +110,13 @@ def _measure(
             )
             other.name = name
             others.append(other)
-        compared = measure(others, subject, pieces, progress) if others else []
-        if not found:
-            found = compared or measure([subject], None, pieces, progress)
-        else:
-            found += [one for one in compared if one.reference is not None]
-    return found
+        itself, *files_of_it = measure(others, subject, pieces, progress)
+        if section.reference is None:
+            return [itself, *files_of_it]
+        reference, _ = stack.enter_context(
+            open_subject(section.reference, home, "float32", "cpu", progress)
+        )
+        return [*measure([subject], reference, pieces, progress), *files_of_it]
 
 
 def _rounded(one: Measured) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from mergekit_lite.release.licences.table import find_licence
 from mergekit_lite.release.manifest import Entry
 from mergekit_lite.release.papers import made_by
 
-__all__ = ["cache_bytes", "card_values"]
+__all__ = ["cache_bytes", "card_values", "file_size"]
 
 
 def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
@@ -74,9 +74,9 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
         "quantized": list(_quantized(made)),
         "plot": _plot(made),
         "evaluation": _evaluation(made),
-        "cache": _size(cached) if (cached := cache_bytes(draft.config)) else "",
+        "cache": file_size(cached) if (cached := cache_bytes(draft.config)) else "",
         "adapters": _adapters(made),
-        "files": [{"path": e.path, "size": _size(e.size)} for e in weights if e.size > 1 << 16],
+        "files": [{"path": e.path, "size": file_size(e.size)} for e in weights if e.size > 1 << 16],
         "in_transformers": made.main.kind == "merge",
         "kind": made.main.kind,
         "ggufs": ggufs,
@@ -100,7 +100,7 @@ def _siblings(draft: Draft) -> Iterator[dict[str, str]]:
     plan, whole = draft.hub, draft.made.whole
     if plan is None or whole is None:
         return
-    for part in whole.parts(per_format=True):
+    for part in whole.parts():
         if part.variant != draft.made.variant:
             what = f"in {part.variant.upper()}" if part.variant else "the model itself"
             yield {"what": what, "repo": plan.repo_of(part.variant)}
@@ -146,7 +146,8 @@ def _quantized(made: Made) -> Iterator[dict[str, str]]:
         }
 
 
-def _size(count: int) -> str:
+def file_size(count: int) -> str:
+    """Bytes as a person reads them, in MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from mergekit_lite.checkpoint.known import known_sha256
 from mergekit_lite.errors import FileFormatError, PackError, nearest
 from mergekit_lite.merge.lock import LOCK_NAME
+from mergekit_lite.release.hub import hub_plan
 from mergekit_lite.release.manifest import Entry
 
 __all__ = ["ABOUT", "STATED", "Artifact", "Made", "gather", "is_intact", "last_name", "weighing"]
@@ -87,13 +88,14 @@ class Made:
         """Folder of the releases of it, a folder for each version."""
         return dist / self.name / (f"release-{self.variant}" if self.variant else "release")
 
-    def parts(self, per_format: bool) -> list[Made]:
-        """What is released together: all in one, or the model and each format by itself."""
+    def parts(self) -> list[Made]:
+        """What is released: all in one, or where the recipe asks the model and each format."""
+        plan = hub_plan(self.recipe.get("hub"))
         formats = sorted(
             {str(a.lock.get("format")) for a in self.artifacts if a.kind == "quantize"}
         )
         rest = [a for a in self.artifacts if a.kind != "quantize"]
-        if not (per_format and formats and rest):
+        if not (plan and plan.per_format and formats and rest):
             return [self]
         main = replace(self, artifacts=rest, whole=self)
         return [main, *(
@@ -115,12 +117,12 @@ class Made:
             return "ADAPTERS.md" if path == "README.md" else path
         return f"{artifact.lock.get('format', artifact.folder.name)}/{path}"
 
-    def entries(self) -> list[Entry]:
-        """All files but papers, as they lie in a release."""
-        return [
-            Entry(self.place(artifact, entry.path), entry.size, entry.sha256)
-            for artifact in self.artifacts for entry in artifact.files
-        ]  # fmt: skip
+    def files(self) -> Iterator[tuple[Path, Entry]]:
+        """All files but papers: where each is, and as it lies in a release."""
+        for artifact in self.artifacts:
+            for entry in artifact.files:
+                place = self.place(artifact, entry.path)
+                yield artifact.folder / entry.path, Entry(place, entry.size, entry.sha256)
 
     def released_lock(self, artifact: Artifact) -> Mapping[str, Any]:
         """Its lock, less what does not matter for it: papers, and by which path it was reached."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +22,7 @@ __all__ = [
     "make_manifest",
     "media_type",
     "read_manifest",
+    "read_object",
 ]
 
 MANIFEST = "MANIFEST.json"
@@ -91,6 +92,15 @@ def make_manifest(name: str, version: str, entries: Sequence[Entry]) -> bytes:
         for e in sorted(entries, key=lambda entry: entry.path)
     ]
     return to_json({"manifest_version": _VERSION, "name": name, "version": version, "files": files})
+
+
+def read_object(path: Path) -> Mapping[str, Any]:
+    """An object of JSON; empty where there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], dict[str, Entry], str]:

@@ -27,7 +27,6 @@ class Profile:
         name: ``research``, ``community`` or ``production``.
         asked: Keys of ``card:``, which only the author knows.
         repeatable: Whether it must come from a recipe, to be made again.
-        quantized: Whether somebody without a GPU must be able to run it.
         measured: Whether every quantized file must have been measured.
         signed: Whether it is pushed only when it is signed.
         strict: Whether what lacks is an error rather than a warning.
@@ -36,7 +35,6 @@ class Profile:
     name: str
     asked: tuple[str, ...]
     repeatable: bool = False
-    quantized: bool = False
     measured: bool = False
     signed: bool = False
     strict: bool = False

@@ -21,7 +21,7 @@ from mergekit_lite.release.hub import HubPlan
 from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
 from mergekit_lite.release.profiles import PROFILES
 from mergekit_lite.release.secrets import find_secrets
-from mergekit_lite.release.verify import Checked, verify_release
+from mergekit_lite.release.verify import Checked, require_whole
 
 __all__ = [
     "Pushed",
@@ -114,12 +114,7 @@ def check_before_leaving(
     Raises:
         PackError: It does not hold, holds a secret, or is for production and not signed.
     """
-    found = verify_release(folder, threads, progress)
-    if found.problems:
-        listed = "".join(f"\n  {problem}" for problem in found.problems)
-        raise PackError(
-            f"{folder}: is not as it was released:{listed}", "Release it again, as a new version."
-        )
+    found = require_whole(folder, threads, progress)
     refuse_secrets(folder)
     if not (folder / SIGNATURE).is_file() and _wants_signature(folder):
         raise PackError(

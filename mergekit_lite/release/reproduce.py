@@ -17,7 +17,7 @@ from mergekit_lite.merge.lock import LOCK_NAME
 from mergekit_lite.merge.run import Options, Progress
 from mergekit_lite.release.build import build
 from mergekit_lite.release.manifest import MANIFEST, TEMPLATE, read_manifest
-from mergekit_lite.release.verify import verify_release
+from mergekit_lite.release.verify import require_whole
 
 __all__ = ["Reproduced", "reproduce"]
 
@@ -59,12 +59,10 @@ def reproduce(
             in a way that the release does not tell.
     """
     document, entries, expected = read_manifest(folder / MANIFEST)
-    checked = verify_release(folder, options.threads, links_into=links_into, ignored=ignored)
-    if checked.problems:
-        listed = "".join(f"\n  {problem}" for problem in checked.problems)
-        raise PackError(
-            f"{folder}: is not as it was released:{listed}", "Get it again from whoever made it."
-        )
+    require_whole(
+        folder, options.threads, links_into=links_into, ignored=ignored,
+        hint="Get it again from whoever made it.",
+    )  # fmt: skip
     recipe = _recipe(folder)
     with tempfile.TemporaryDirectory(prefix="pack-") as scratch:
         path = Path(scratch) / "recipe.yaml"

@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mergekit_lite
 from mergekit_lite.merge.config import to_json
 from mergekit_lite.release.draft import Draft
-from mergekit_lite.release.licences.combine import Parent
 from mergekit_lite.release.licences.expression import find_licences
 from mergekit_lite.release.licences.table import find_licence
 from mergekit_lite.release.manifest import Entry, media_type
+from mergekit_lite.release.sources import ParentSource
 
 __all__ = ["make_sbom"]
 
@@ -31,10 +31,7 @@ def make_sbom(draft: Draft, entries: Sequence[Entry]) -> bytes:
         entries: Its files that the bill lists.
     """
     name, version, licence = draft.made.title, draft.version, draft.licence
-    inputs = [source.entry for source in draft.sources]
-    parents = [source.parent for source in draft.sources]
     architecture = draft.architecture
-    licences = {parent.name: parent for parent in parents}
     model: dict[str, Any] = {
         "type": "machine-learning-model",
         "bom-ref": "model",
@@ -46,7 +43,7 @@ def make_sbom(draft: Draft, entries: Sequence[Entry]) -> bytes:
                 **({"modelArchitecture": architecture} if architecture else {}),
             }
         },
-        "pedigree": {"ancestors": [_ancestor(entry, licences) for entry in inputs]},
+        "pedigree": {"ancestors": [_ancestor(source) for source in draft.sources]},
     }
     if licence:
         names = [one.id for one in find_licences(licence)] or [licence]
@@ -81,20 +78,18 @@ def _licence(name: str) -> dict[str, Any]:
     return {"license": {"name": found.title, "url": found.url}}
 
 
-def _ancestor(entry: Mapping[str, Any], licences: Mapping[str, Parent]) -> dict[str, Any]:
+def _ancestor(source: ParentSource) -> dict[str, Any]:
     """A parent; its digest is that of the list of its files' digests."""
-    files = [f"{f['sha256']}  {f['path']}" for f in entry["files"]]
-    digest = hashlib.sha256("\n".join(sorted(files)).encode()).hexdigest()
-    parent = licences.get(entry["model"])
+    entry, parent = source.entry, source.parent
     found: dict[str, Any] = {
         "type": "machine-learning-model",
         "bom-ref": f"parent:{entry['model']}",
         "name": entry["model"],
-        "hashes": [{"alg": "SHA-256", "content": digest}],
+        "hashes": [{"alg": "SHA-256", "content": source.digest}],
     }
     if entry.get("revision"):
         found["version"] = entry["revision"]
-    if parent is not None and (parent.licence or parent.stated):
+    if parent.licence or parent.stated:
         names = [licence.id for licence in parent.terms] or [parent.stated]
         found["licenses"] = [_licence(name) for name in names]
     return found

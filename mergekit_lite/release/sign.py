@@ -17,7 +17,7 @@ from mergekit_lite.errors import PackError
 from mergekit_lite.release.manifest import SIGNATURE
 from mergekit_lite.release.place import Place
 
-__all__ = ["KEYLESS", "Signer", "check_signature", "sign_release"]
+__all__ = ["KEYLESS", "Signer", "check_signature", "key_file", "sign_release"]
 
 KEYLESS = "sigstore"
 """In the place of a key: sign without one."""
@@ -36,6 +36,19 @@ class Signer:
     key: Path | None = None
     identity: str = ""
     issuer: str = ""
+
+
+def key_file(word: str) -> Path | None:
+    """The file of a private key; None for `KEYLESS`.
+
+    Raises:
+        PackError: There is no such file.
+    """
+    if word == KEYLESS:
+        return None
+    if not Path(word).is_file():
+        raise PackError(f"{word}: there is no such key", "Give a private key's file, or sigstore.")
+    return Path(word)
 
 
 def sign_release(folder: Path, key: Path | None) -> bool:

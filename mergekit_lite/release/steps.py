@@ -178,9 +178,10 @@ def evaluate_step(recipe: Recipe, place: Place, made: Sequence[Step]) -> Step | 
         for step in made[1:]
     }
     locks = [_lock(step.folder) for step in made]
+    text = read_text(text_of(section, place.home))
     fields = {
         "settings": section.model_dump(exclude_none=True),
-        "text_sha256": read_text(text_of(section, place.home)).sha256,
+        "text_sha256": text.sha256,
         "results": {
             f"{step.folder.name}/{o['path']}": o["sha256"]
             for step, lock in zip(made, locks, strict=True) for o in lock.get("outputs", [])
@@ -196,7 +197,16 @@ def evaluate_step(recipe: Recipe, place: Place, made: Sequence[Step]) -> Step | 
         else:
             force = place.options.force or (folder / LOCK_NAME).is_file()
             evaluate_results(
-                section, place.home, model, ggufs, fields, sources, folder, force, place.progress
+                section,
+                text,
+                place.home,
+                model,
+                ggufs,
+                fields,
+                sources,
+                folder,
+                force,
+                place.progress,
             )
             step = Step("evaluate", True, time.monotonic() - began, folder)
     finally:

@@ -5,7 +5,6 @@ Weights are hashed on all cores, a file for each; what does not hold is named, a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,11 +14,19 @@ from typing import Any
 import yaml
 
 from mergekit_lite.checkpoint.digest import sha256_of
+from mergekit_lite.errors import PackError
 from mergekit_lite.merge.lock import LOCK_NAME
 from mergekit_lite.release.gather import weighing
-from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, TEMPLATE, Entry, read_manifest
+from mergekit_lite.release.manifest import (
+    MANIFEST,
+    SIGNATURE,
+    TEMPLATE,
+    Entry,
+    read_manifest,
+    read_object,
+)
 
-__all__ = ["Checked", "verify_release"]
+__all__ = ["Checked", "require_whole", "verify_release"]
 
 _PAPERS = frozenset({
     LOCK_NAME, TEMPLATE, "LICENSE", "NOTICE", "README.md", "provenance.intoto.json", "recipe.yaml",
@@ -69,9 +76,9 @@ def verify_release(
     """
     document, entries, digest = read_manifest(folder / MANIFEST)
     problems = list(_files(folder, entries, threads, progress, links_into, ignored))
-    lock, recipe = _json(folder / LOCK_NAME), _yaml(folder / "recipe.yaml")
-    bill = _json(folder / "sbom.cdx.json")
-    statement = _json(folder / "provenance.intoto.json")
+    lock, recipe = read_object(folder / LOCK_NAME), _yaml(folder / "recipe.yaml")
+    bill = read_object(folder / "sbom.cdx.json")
+    statement = read_object(folder / "provenance.intoto.json")
     checks: dict[str, Callable[[], Iterator[str]]] = {
         MANIFEST: lambda: _papers(entries, bill),
         LOCK_NAME: lambda: _against_lock(lock, recipe, entries),
@@ -88,6 +95,26 @@ def verify_release(
         str(document.get("name")), str(document.get("version")), digest, len(entries), size,
         tuple(problems),
     )  # fmt: skip
+
+
+def require_whole(
+    folder: Path,
+    threads: int,
+    progress: Callable[[int], None] = lambda _: None,
+    links_into: Path | None = None,
+    ignored: frozenset[str] = frozenset(),
+    hint: str = "Release it again, as a new version.",
+) -> Checked:
+    """Check a release before anything is done with it; see `verify_release`.
+
+    Raises:
+        PackError: It is not as it was released.
+    """
+    found = verify_release(folder, threads, progress, links_into, ignored)
+    if found.problems:
+        listed = "".join(f"\n  {problem}" for problem in found.problems)
+        raise PackError(f"{folder}: is not as it was released:{listed}", hint)
+    return found
 
 
 def _files(
@@ -125,14 +152,6 @@ def _files(
             yield f"{name}: is a link to a folder"
         elif not path.is_dir() and name not in known:
             yield f"{name}: is not in the manifest"
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _yaml(path: Path) -> Mapping[str, Any] | None:

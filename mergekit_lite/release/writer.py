@@ -5,15 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from mergekit_lite.checkpoint.locate import Source
 from mergekit_lite.errors import PackError
-from mergekit_lite.merge.writer import explained, replace_folder, sync_folder, write_durably
+from mergekit_lite.merge.lock import LOCK_NAME, lock_file
+from mergekit_lite.merge.writer import (
+    OutputFile,
+    explained,
+    replace_folder,
+    sync_folder,
+    write_durably,
+)
 from mergekit_lite.release.manifest import MANIFEST, Entry
 
-__all__ = ["ReleaseWriter", "link_or_copy", "new_folder"]
+__all__ = ["ReleaseWriter", "link_or_copy", "new_folder", "write_result"]
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -71,6 +80,36 @@ def _lives(pid: str) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def write_result(
+    folder: Path,
+    kind: str,
+    fields: Mapping[str, Any],
+    sources: Sequence[Source],
+    files: Mapping[str, bytes],
+) -> None:
+    """Write a result of small files with its lock; what had the name gives way.
+
+    Args:
+        folder: Of the result.
+        kind: Of the result, for its lock.
+        fields: What else the lock says.
+        sources: What went in, each once, all of it read.
+        files: Contents by name.
+
+    Raises:
+        PackError: The disk is full.
+    """
+    weights = {source.reference: source.checkpoint.input_files() for source in sources}
+    outputs = [
+        OutputFile(name, len(content), hashlib.sha256(content).hexdigest())
+        for name, content in files.items()
+    ]
+    lock = lock_file(kind, fields, sources, weights, outputs)
+    with new_folder(folder, replace=True) as partial, explained(folder):
+        for name, content in {**files, LOCK_NAME: lock}.items():
+            write_durably(partial / name, content)
 
 
 class ReleaseWriter:
