@@ -256,7 +256,7 @@ def test_a_build_that_pushes(hub: HubServer, run: Run, home: Path) -> None:
 
 
 def test_a_repository_for_each_format(
-    hub: HubServer, run: Run, home: Path, example_models: Path
+    hub: HubServer, run: Run, home: Path, tmp_path: Path, example_models: Path
 ) -> None:
     """Each is a release of its own that names the other; a collection holds both."""
     plan = {"repo": REPO, "per_format": True, "collection": "Mine"}
@@ -290,9 +290,32 @@ def test_a_repository_for_each_format(
         assert ran.code == 0, ran.err
     ran = run("verify", f"{REPO}-GGUF@v1.0.0")
     assert ran.code == 0, ran.err
+    _loads_in_transformers(hub, tmp_path, home / "dist" / "ties-release" / "merged")
     ran = run("build", recipe, "--push-hub")
     assert "nothing was to be done" in ran.out
     ran = run("release", "ties-release", "--push-hub")
     assert ran.code == 0, ran.err
     assert ran.out.count("it was there already") == 2
     assert list(hub.collections.values()) == [[REPO, f"{REPO}-GGUF"]]
+
+
+def _loads_in_transformers(hub: HubServer, tmp_path: Path, merged: Path) -> None:
+    """What snapshot_download fetches is loaded by the card's own lines, and computes the same."""
+    pytest.importorskip("transformers")
+    code = (
+        "import sys, torch\n"
+        "from huggingface_hub import snapshot_download\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"fetched = snapshot_download({REPO!r}, revision='v1.0.0')\n"
+        "ids = AutoTokenizer.from_pretrained(fetched)('def f(x):', return_tensors='pt').input_ids\n"
+        "logits = [AutoModelForCausalLM.from_pretrained(f)(ids).logits\n"
+        "          for f in (fetched, sys.argv[1])]\n"
+        "assert torch.equal(*logits)\n"
+        "print('loaded', tuple(logits[0].shape))\n"
+    )
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    environment = {**kept, **hub.environment(tmp_path / "reader")}
+    ran = subprocess.run([sys.executable, "-c", code, merged], env=environment, check=False,
+                         capture_output=True, text=True)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("loaded (1, ")
