@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_lite.checkpoint.layers import layer_count_keys
 from mergekit_lite.dtypes import DTYPES
 from mergekit_lite.merge.inputs import Inputs
-from mergekit_lite.merge.plan import Plan
+from mergekit_lite.merge.plan import Plan, Shard
 
 __all__ = ["COMES_ALONG", "index_file", "small_files", "to_json"]
 
@@ -43,18 +43,18 @@ def small_files(plan: Plan, inputs: Inputs) -> dict[str, bytes]:
             plan.notes.lines.append(
                 f"{template.name} names Python code of its own (auto_map); pack does not copy code"
             )
-    index = index_file(plan)
+    index = index_file(plan.shards)
     if index:
         files["model.safetensors.index.json"] = index
     return files
 
 
-def index_file(plan: Plan) -> bytes | None:
+def index_file(shards: Sequence[Shard]) -> bytes | None:
     """The index of a result of several shards; None for a single file."""
-    if len(plan.shards) == 1:
+    if len(shards) == 1:
         return None
-    weight_map = {name: shard.name for shard in plan.shards for name in shard.header.entries}
-    total = sum(tensor.spec.nbytes for tensor in plan.tensors.values())
+    weight_map = {name: shard.name for shard in shards for name in shard.header.entries}
+    total = sum(e.end - e.start for shard in shards for e in shard.header.entries.values())
     return to_json({"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

@@ -21,7 +21,7 @@ from mergekit_lite.methods import METHODS, Method
 from mergekit_lite.recipe import ModelEntry, Recipe, SliceSource, Value
 from mergekit_lite.recipe.parameters import Parameter, first_set
 
-__all__ = ["Plan", "PlannedTensor", "Shard", "make_plan"]
+__all__ = ["Plan", "PlannedTensor", "Shard", "lay_out", "make_plan"]
 
 FORMAT = 1
 """Raised whenever the same recipe begins to give other bytes; part of a plan's fingerprint."""
@@ -171,7 +171,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, shard_bytes: int) -> Plan:
         recipe=recipe,
         method=method,
         tensors={t.name: t for t in planned},
-        shards=tuple(_lay_out(planned, shard_bytes)),
+        shards=tuple(lay_out([(t.name, t.spec) for t in planned], shard_bytes)),
         template=inputs.template.name,
         work=work,
         notes=notes,
@@ -314,15 +314,21 @@ def _check_spanning(method: Method, planned: Sequence[PlannedTensor]) -> None:
         )
 
 
-def _lay_out(tensors: Sequence[PlannedTensor], shard_bytes: int) -> Iterator[Shard]:
-    groups: list[list[PlannedTensor]] = [[]]
+def lay_out(tensors: Sequence[tuple[str, TensorSpec]], shard_bytes: int) -> Iterator[Shard]:
+    """Put tensors into safetensors files, in the given order.
+
+    Args:
+        tensors: Names, with shape and dtype as they are written.
+        shard_bytes: Most data bytes of a file that holds more than one tensor.
+    """
+    groups: list[list[tuple[str, TensorSpec]]] = [[]]
     held = 0
-    for tensor in tensors:
-        if groups[-1] and held + tensor.spec.nbytes > shard_bytes:
+    for name, spec in tensors:
+        if groups[-1] and held + spec.nbytes > shard_bytes:
             groups.append([])
             held = 0
-        groups[-1].append(tensor)
-        held += tensor.spec.nbytes
+        groups[-1].append((name, spec))
+        held += spec.nbytes
     for number, group in enumerate(groups, 1):
         name = (
             "model.safetensors"
@@ -330,7 +336,7 @@ def _lay_out(tensors: Sequence[PlannedTensor], shard_bytes: int) -> Iterator[Sha
             else f"model-{number:05}-of-{len(groups):05}.safetensors"
         )
         prefix, header = write_header(
-            ((t.name, t.spec.dtype, t.spec.shape) for t in group), {"format": "pt"}
+            ((name, spec.dtype, spec.shape) for name, spec in group), {"format": "pt"}
         )
         yield Shard(name, prefix, header)
 
