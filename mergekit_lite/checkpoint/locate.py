@@ -89,7 +89,7 @@ def _open_path(path: Path, label: str) -> Checkpoint:
                     f"{label}: is an adapter, not a whole model",
                     f"Write it after its base: {wanted or 'BASE'}+{label}",
                 )
-            return SafetensorsCheckpoint(path, label)
+            return _folder(path, label)
         files = pytorch_files(path)
         if files:
             return PytorchCheckpoint(files, path, label)
@@ -105,6 +105,19 @@ def _open_path(path: Path, label: str) -> Checkpoint:
     if path.suffix in {".bin", ".pt", ".pth"}:
         return PytorchCheckpoint([path], None, label)
     return SafetensorsCheckpoint(path, label)
+
+
+def _folder(path: Path, label: str) -> Checkpoint:
+    stored = SafetensorsCheckpoint(path, label)
+    if "quantization_config" not in stored.config:
+        return stored
+    from mergekit_lite.checkpoint.quantized import as_floats  # brings kernels
+
+    try:
+        return as_floats(stored)
+    except BaseException:
+        stored.close()
+        raise
 
 
 def _gguf(path: Path, label: str) -> Checkpoint:

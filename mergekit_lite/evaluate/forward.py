@@ -8,19 +8,23 @@ that were kept: so masks, positions and whatever else a model hands to its layer
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
+from mergekit_lite.adapters.names import ModelNames
 from mergekit_lite.checkpoint.protocol import Checkpoint
 from mergekit_lite.errors import PackError
+from mergekit_lite.evaluate.lockstep import Lockstep
 from mergekit_lite.evaluate.parts import Parts
 from mergekit_lite.merge.run import Progress
 
-__all__ = ["ACTIVATIONS", "LayerwiseModel", "require_torch"]
+__all__ = ["ACTIVATIONS", "Around", "Enough", "LayerRun", "LayerwiseModel", "require_torch"]
 
 ACTIVATIONS = 2 << 30
 """Bytes of hidden states that are kept in memory; more goes to a file."""
@@ -42,6 +46,66 @@ def require_torch(what: str) -> None:
 
 class _Reached(Exception):
     """The loaded layer was run; what comes after it is not needed."""
+
+
+class Enough(Exception):
+    """Raised inside a layer that is looked at: what comes after is not needed."""
+
+
+class LayerRun:
+    """Runs all batches through the layer that is loaded, and keeps what comes out.
+
+    Attributes:
+        tokens: In all batches.
+        done: Whether that was done, here or by `stepwise`.
+    """
+
+    def __init__(
+        self,
+        keep: Callable[[], None],
+        look: Callable[[int | None], Any],
+        together: Callable[[Callable[[], Any]], AbstractContextManager[Lockstep]],
+        tokens: int,
+    ) -> None:
+        self._keep = keep
+        self._look = look
+        self._together = together
+        self.tokens = tokens
+        self.done = False
+
+    def __call__(self) -> None:
+        """Run all batches and go on with what comes out; to be called once."""
+        self._keep()
+        self.done = True
+
+    def sample(self) -> Any:
+        """What comes out of the first batch: ``(sequences, tokens, hidden)``; nothing is kept."""
+        return self._look(1)
+
+    def look(self, batches: int | None = None) -> None:
+        """Run batches for whoever watches, and keep nothing.
+
+        Args:
+            batches: How many of them; None for all. One ends early where `Enough` is raised in it.
+        """
+        self._look(batches)
+
+    def stepwise(self, inside: Callable[[], Any]) -> AbstractContextManager[Lockstep]:
+        """Run all batches at once, each up to where whoever watches pauses it.
+
+        Args:
+            inside: Gives the context in which each batch is run, in a thread of its own.
+
+        Returns:
+            A context with what leads them; the layer is run when all have ended, and what comes
+            out is kept.
+        """
+        self.done = True
+        return self._together(inside)
+
+
+Around = Callable[[str, Any, LayerRun], None]
+"""Called for each layer with its path, the layer, and what runs batches through it."""
 
 
 class LayerwiseModel:
@@ -80,6 +144,13 @@ class LayerwiseModel:
         self._layers = [self.model.get_submodule(path) for path in self.paths]
         self._outside = _outside(self.model, self.paths)
         self._tuple = False
+        self._embedded = False
+        self._call = threading.local()
+
+    @property
+    def names(self) -> ModelNames:
+        """Where its parameters lie in the checkpoint."""
+        return self._parts.names
 
     @property
     def vocabulary(self) -> int:
@@ -90,15 +161,15 @@ class LayerwiseModel:
         self,
         batches: Sequence[Any],
         progress: Progress,
-        around: Callable[[str, Any, Callable[[], None]], None] | None = None,
+        around: Around | None = None,
     ) -> _Kept:
         """Run all layers over all batches.
 
         Args:
             batches: Token ids, ``(sequences, tokens)`` int64.
             progress: Told how far it is.
-            around: Called for each layer, with its path, the layer, and what runs all batches
-                through it, which it must call once; for whoever looks at what goes in.
+            around: Called for each layer in the place of running it; it must call what it gets
+                once. For whoever looks at what goes in, or changes the layer.
 
         Returns:
             The hidden states behind the last layer, for `logits`.
@@ -110,18 +181,23 @@ class LayerwiseModel:
         sizes = [sum(p.numel() for p in layer.parameters()) * 4 for layer in self._layers]
         progress.begin("Layers", sum(sizes))
         with self._torch.inference_mode(), ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self._parts.read, self.paths[0])
-            with self._around():
+            coming: Future[dict[str, Any]] | None = None
+            with self._around(head=False) as around_them:
+                self._embed(batches, kept)
+                self._forget_embeddings(around_them)
                 for index, path in enumerate(self.paths):
-                    self._parts.fill(path, coming.result())
-                    if index + 1 < len(self.paths):
+                    values = self._parts.read(path) if coming is None else coming.result()
+                    coming = None
+                    self._parts.fill(path, values)
+                    del values
+                    # Whoever goes around a layer takes long, and wants the memory of the next one.
+                    if around is None and index + 1 < len(self.paths):
                         coming = ahead.submit(self._parts.read, self.paths[index + 1])
                     try:
-                        run = partial(self._all, batches, kept, index)
                         if around is None:
-                            run()
+                            self._all(batches, kept, index)
                         else:
-                            around(path, self._layers[index], run)
+                            around(path, self._layers[index], self._run(batches, kept, index))
                     finally:
                         self._parts.empty(path)
                     progress.advance(sizes[index])
@@ -131,75 +207,148 @@ class LayerwiseModel:
         """What the model says of each batch: ``(sequences, tokens, vocabulary)`` float32."""
         with self._torch.inference_mode(), self._around():
             for number, batch in enumerate(batches):
-                with self._aside(len(self.paths), kept.get(number)):
+                with self._aside(len(self.paths)):
+                    self._call.before = kept.get(number)
                     found = self.model(input_ids=batch.to(self._device), use_cache=False).logits
                 yield found.float().cpu()
 
     @contextmanager
-    def _around(self) -> Iterator[None]:
-        """Fill what lies around the layers: embeddings, norms, head."""
-        for path in self._outside:
+    def _around(self, head: bool = True) -> Iterator[list[str]]:
+        """Fill what lies around the layers: embeddings, norms, and the head if it is wanted."""
+        last = self.model.get_output_embeddings()
+        paths = [p for p in self._outside if head or self.model.get_submodule(p) is not last]
+        for path in paths:
             self._parts.fill(path, self._parts.read(path))
         try:
-            yield
+            yield paths
         finally:
-            for path in self._outside:
+            self._embedded = False
+            for path in paths:
                 self._parts.empty(path)
+
+    def _forget_embeddings(self, paths: list[str]) -> None:
+        """Later layers get hidden states; of large vocabularies the embedding is most of memory."""
+        embedding = self.model.get_input_embeddings()
+        found = next((p for p in paths if self.model.get_submodule(p) is embedding), None)
+        if found is not None and "inputs_embeds" in signature(self.model.forward).parameters:
+            self._parts.empty(found)
+            paths.remove(found)
+            self._embedded = True
+
+    def _run(self, batches: Sequence[Any], kept: _Kept, index: int) -> LayerRun:
+        """What runs batches through one layer, for whoever goes around it."""
+        return LayerRun(
+            partial(self._all, batches, kept, index),
+            partial(self._look, batches, kept, index),
+            partial(self._together, batches, kept, index),
+            sum(batch.numel() for batch in batches),
+        )
 
     def _all(self, batches: Sequence[Any], kept: _Kept, index: int) -> None:
         """Run every batch through one layer."""
-        for number, batch in enumerate(batches):
-            found = self._through(batch, kept.get(number) if index else None, index)
-            if not bool(self._torch.isfinite(found).all()):
-                raise PackError(
-                    f"{self._label}: layer {index} gives NaN or infinity",
-                    "Its weights are broken, or too large for this type: try --dtype float32",
-                )
-            kept.put(number, found)
+        with self._aside(index):
+            for number, batch in enumerate(batches):
+                self._one(batch, kept, number, index)
 
-    def _through(self, batch: Any, before: Any, index: int) -> Any:
-        """Hidden states behind a layer."""
-        out: list[Any] = []
-        with self._aside(index, before, out):
-            try:
-                self.model(input_ids=batch.to(self._device), use_cache=False)
-            except _Reached:
-                pass
-            else:
-                raise PackError(
-                    f"{self._label}: its forward does not run '{self.paths[index]}' in its turn",
-                    "Models of this kind cannot be run layer by layer.",
-                )
-        return out[0]
+    def _look(
+        self, batches: Sequence[Any], kept: _Kept, index: int, most: int | None = None
+    ) -> Any:
+        """Run batches through one layer; what comes out of the last is returned, none is kept."""
+        found = None
+        with self._aside(index):
+            for number, batch in enumerate(batches[:most]):
+                with suppress(Enough):
+                    found = self._through(batch, kept.get(number), index)
+        return found
 
     @contextmanager
-    def _aside(self, index: int, before: Any, out: list[Any] | None = None) -> Iterator[None]:
+    def _together(
+        self, batches: Sequence[Any], kept: _Kept, index: int, inside: Callable[[], Any]
+    ) -> Iterator[Lockstep]:
+        """Run every batch in a thread of its own."""
+
+        def work(number: int) -> None:
+            with self._torch.inference_mode(), inside():
+                self._one(batches[number], kept, number, index)
+
+        with self._aside(index):
+            lockstep = Lockstep([partial(work, number) for number in range(len(batches))])
+            try:
+                yield lockstep
+            finally:
+                lockstep.close()
+
+    def _embed(self, batches: Sequence[Any], kept: _Kept) -> None:
+        """Keep what the first layer gets."""
+
+        def stop(*args: Any, **keys: Any) -> Any:
+            self._call.out = args[0] if args else keys["hidden_states"]
+            raise _Reached
+
+        first = self._layers[0]
+        first.forward = stop
+        try:
+            for number, batch in enumerate(batches):
+                with suppress(_Reached):
+                    self.model(input_ids=batch.to(self._device), use_cache=False)
+                kept.put(number, self._call.out)
+        finally:
+            del first.forward
+
+    def _one(self, batch: Any, kept: _Kept, number: int, index: int) -> None:
+        """Run a batch through one layer, and keep what comes out."""
+        found = self._through(batch, kept.get(number), index)
+        if not bool(self._torch.isfinite(found).all()):
+            raise PackError(
+                f"{self._label}: layer {index} gives NaN or infinity",
+                "Its weights are broken, or too large for this type: try --dtype float32",
+            )
+        kept.put(number, found)
+
+    def _through(self, batch: Any, before: Any, index: int) -> Any:
+        """Hidden states behind a layer that the others stand aside of."""
+        self._call.before = before
+        self._call.out = None
+        try:
+            if self._embedded:
+                self.model(inputs_embeds=before.to(self._device), use_cache=False)
+            else:
+                self.model(input_ids=batch.to(self._device), use_cache=False)
+        except _Reached:
+            return self._call.out
+        finally:
+            self._call.before = None
+        raise PackError(
+            f"{self._label}: its forward does not run '{self.paths[index]}' in its turn",
+            "Models of this kind cannot be run layer by layer.",
+        )
+
+    @contextmanager
+    def _aside(self, index: int) -> Iterator[None]:
         """Let the layers before one stand aside, and stop behind it.
+
+        What it gets, and what comes out, belongs to the thread that calls the model.
 
         Args:
             index: Of the layer that is run; the number of layers for what comes behind them.
-            before: Hidden states that it gets; None for those of the embeddings.
-            out: Takes the hidden states behind it.
         """
-        device = self._device
+        device, call = self._device, self._call
 
         def stand(*args: Any, **keys: Any) -> Any:
             return self._wrapped(args[0] if args else keys["hidden_states"])
 
         def last(*args: Any, **keys: Any) -> Any:
-            return self._wrapped(before.to(device))
+            return self._wrapped(call.before.to(device))
 
         def run(forward: Callable[..., Any]) -> Callable[..., Any]:
             def running(*args: Any, **keys: Any) -> Any:
-                if before is not None:
-                    if args:
-                        args = (before.to(device), *args[1:])
-                    else:
-                        keys["hidden_states"] = before.to(device)
+                if args:
+                    args = (call.before.to(device), *args[1:])
+                else:
+                    keys["hidden_states"] = call.before.to(device)
                 found = forward(*args, **keys)
                 self._tuple = isinstance(found, tuple)
-                assert out is not None  # noqa: S101 (a layer is run for what it gives)
-                out.append(found[0] if self._tuple else found)
+                call.out = found[0] if self._tuple else found
                 raise _Reached
 
             return running

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from mergekit_lite.adapters.names import ModelNames
 from mergekit_lite.checkpoint.protocol import Checkpoint
 from mergekit_lite.dtypes import Array
-from mergekit_lite.evaluate.forward import LayerwiseModel
+from mergekit_lite.evaluate.forward import LayerRun, LayerwiseModel
 from mergekit_lite.merge.run import Progress
 
-__all__ = ["ColumnSums", "squared_inputs", "stacked"]
+__all__ = ["ColumnSums", "Place", "one_expert_at_a_time", "squared_inputs", "stacked", "watching"]
+
+Place = tuple[str, int | None]
+"""A matrix of a layer: its parameter, and the expert where the parameter holds several."""
 
 
 @dataclass
@@ -51,15 +54,23 @@ def squared_inputs(
         for a tensor that is one matrix.
     """
     model = LayerwiseModel(checkpoint, dtype, device)
-    _one_expert_at_a_time(model.model)
-    names = ModelNames(checkpoint)
+    one_expert_at_a_time(model.model)
+    names = model.names
     found: dict[str, dict[int | None, ColumnSums]] = {}
 
-    def gather(path: str, layer: Any, run: Callable[[], None]) -> None:
-        inside = _Recorder(layer)
-        with inside:
+    def gather(path: str, layer: Any, run: LayerRun) -> None:
+        inside: dict[Place, ColumnSums] = {}
+
+        def add(place: Place, inputs: Any) -> None:
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            sums = rows.double().square().sum(0).cpu().numpy()
+            held = inside.setdefault(place, ColumnSums(np.zeros_like(sums), 0))
+            held.sums = held.sums + sums
+            held.tokens += len(rows)
+
+        with watching(layer, add):
             run()
-        for (parameter, expert), sums in inside.found.items():
+        for (parameter, expert), sums in inside.items():
             for part in names.find(f"{path}.{parameter}"):
                 if part.expert is None:
                     found.setdefault(part.tensor, {})[expert] = sums
@@ -70,58 +81,52 @@ def squared_inputs(
     return found
 
 
-def _one_expert_at_a_time(model: Any) -> None:
+def one_expert_at_a_time(model: Any) -> None:
     """Let experts be computed by plain products, which can be looked at."""
     choose = getattr(model, "set_experts_implementation", None)
     if choose is not None:
         choose("eager")
 
 
-class _Recorder:
-    """Looks at every product of inputs with a matrix of a layer."""
+def watching(
+    layer: Any,
+    seen: Callable[[Place, Any], None],
+    compute: Callable[[Callable[[], Any]], Any] | None = None,
+) -> Any:
+    """A context in which every product of inputs with a matrix of a layer is seen.
 
-    def __init__(self, layer: Any) -> None:
-        import torch
-        from torch.overrides import TorchFunctionMode
+    Args:
+        layer: Its parameters are filled, and stay where they are.
+        seen: Told, before the product, of the matrix and of its inputs ``(…, columns)``.
+        compute: Does what torch is asked for; None for the thread that asks.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
 
-        self.found: dict[tuple[str, int | None], ColumnSums] = {}
-        places = _places(layer)
+    places = _places(layer)
 
-        def look(inputs: Any, weight: Any) -> None:
-            place = places.get(weight.data_ptr())
-            if place is None:
-                return
-            rows = inputs.reshape(-1, inputs.shape[-1])
-            sums = rows.double().square().sum(0).cpu().numpy()
-            held = self.found.get(place)
-            if held is None:
-                self.found[place] = ColumnSums(sums, len(rows))
-            else:
-                held.sums = held.sums + sums
-                held.tokens += len(rows)
+    class Mode(TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            pair = None
+            if func is torch.nn.functional.linear:
+                pair = args[0], args[1]
+            elif func is torch.addmm:
+                pair = args[1], args[2]
+            place = None if pair is None else places.get(pair[1].data_ptr())
+            if pair is not None and place is not None:
+                seen(place, pair[0])
+            if compute is not None:
+                return compute(partial(func, *args, **(kwargs or {})))
+            return func(*args, **(kwargs or {}))
 
-        class Mode(TorchFunctionMode):  # type: ignore[misc]
-            def __torch_function__(
-                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-            ) -> Any:
-                if func is torch.nn.functional.linear:
-                    look(args[0], args[1])
-                elif func is torch.addmm:
-                    look(args[1], args[2])
-                return func(*args, **(kwargs or {}))
-
-        self._mode = Mode()
-
-    def __enter__(self) -> None:
-        self._mode.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._mode.__exit__(*error)
+    return Mode()
 
 
-def _places(layer: Any) -> Mapping[int, tuple[str, int | None]]:
+def _places(layer: Any) -> Mapping[int, Place]:
     """Matrices of a layer by their address: the parameter, and the expert of a stack."""
-    found: dict[int, tuple[str, int | None]] = {}
+    found: dict[int, Place] = {}
     for name, parameter in layer.named_parameters():
         if parameter.ndim == 2:
             found[parameter.data_ptr()] = (name, None)

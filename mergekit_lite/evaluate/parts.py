@@ -17,6 +17,7 @@ from mergekit_lite.adapters.lora import Part
 from mergekit_lite.adapters.names import ModelNames
 from mergekit_lite.adapters.tensors import read_float
 from mergekit_lite.checkpoint.protocol import Checkpoint
+from mergekit_lite.checkpoint.quantized import refuse_unread
 from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import PackError
 
@@ -32,15 +33,20 @@ class Parts:
         device: torch's device that they are filled on.
 
     Attributes:
+        names: Where its parameters lie in the checkpoint.
         model: The whole model; its parameters are on the meta device.
+
+    Raises:
+        PackError: transformers has no such model, or its weights are codes that are not read here.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: Any, device: str) -> None:
+        refuse_unread(checkpoint)
         self._checkpoint = checkpoint
-        self._names = ModelNames(checkpoint)
+        self.names = ModelNames(checkpoint)
         self._dtype = dtype
         self._device = device
-        self.model: Any = self._names.model
+        self.model: Any = self.names.model
         self._shared = _shared(self.model)
         self._compute_buffers()
 
@@ -105,7 +111,7 @@ class Parts:
 
     def _values(self, parameter: str, shape: tuple[int, ...]) -> Array:
         for name in (parameter, *self._shared.get(parameter, ())):
-            places = self._names.find(name)
+            places = self.names.find(name)
             if places:
                 values = self._assembled(places, shape)
                 if values.shape != shape:
