@@ -455,7 +455,7 @@ ROUTES: tuple[tuple[tuple[str, ...], str, Route], ...] = (
     (("POST",), rf"/lfs-verify/{_REPO}", lfs_verify),
     (("POST",), rf"/api/models/{_REPO}/commit/{_REVISION}", commit),
     (("POST",), rf"/api/models/{_REPO}/tag/{_REVISION}", tag),
-    (("GET", "HEAD"), rf"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", resolve),
+    (("GET", "HEAD"), rf"/(datasets/)?{_REPO}/resolve/{_REVISION}/(?P<path>.+)", resolve),
 )
 """Methods, path, and what answers; the first that fits counts."""
 

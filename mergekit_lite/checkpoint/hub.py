@@ -21,9 +21,21 @@ from mergekit_lite.checkpoint.pytorch import pytorch_files
 from mergekit_lite.checkpoint.safetensors import INDEX_NAME, load_json
 from mergekit_lite.errors import PackError
 
-__all__ = ["HubReference", "explained", "listing", "parse_reference", "pinned", "snapshot"]
+__all__ = [
+    "HubReference",
+    "dataset_file",
+    "explained",
+    "listing",
+    "parse_reference",
+    "pinned",
+    "snapshot",
+]
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>(?!.*\.\.)[\w./-]+))?")
+_DATA = re.compile(
+    r"hf://datasets/(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)"
+    r"(@(?P<revision>(?!.*\.\.)[\w.-]+))?/(?P<path>(?!.*\.\.)[\w./ -]+)"
+)
 _SMALL = (
     "*.json",
     "*.jinja",
@@ -90,12 +102,44 @@ def snapshot(reference: HubReference) -> tuple[Path, str]:
     return folder, folder.name
 
 
-@contextmanager
-def explained(reference: HubReference) -> Iterator[None]:
-    """Turn the Hub's errors into ones that say what to do.
+def dataset_file(text: str) -> Path | None:
+    """Fetch a file of a data set: ``hf://datasets/ORG/NAME[@REVISION]/PATH``.
+
+    Returns:
+        Where it lies in the Hub's cache; None where the text is of another form.
 
     Raises:
-        PackError: There is no such model, no permission, or no network.
+        PackError: There is no such data set or file, no permission, or no network.
+    """
+    match = _DATA.fullmatch(text)
+    if match is None:
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    reference = HubReference(f"datasets/{match['repo']}", match["revision"])
+    with explained(reference, "data set"):
+        try:
+            found = hf_hub_download(
+                match["repo"], match["path"], repo_type="dataset", revision=match["revision"]
+            )
+        except EntryNotFoundError:
+            raise PackError(
+                f"{text}: the data set has no such file", "See its files on its page on the Hub."
+            ) from None
+    return Path(found)
+
+
+@contextmanager
+def explained(reference: HubReference, what: str = "model") -> Iterator[None]:
+    """Turn the Hub's errors into ones that say what to do.
+
+    Args:
+        reference: What is fetched.
+        what: What that is.
+
+    Raises:
+        PackError: There is no such thing, no permission, or no network.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -109,17 +153,17 @@ def explained(reference: HubReference) -> Iterator[None]:
         yield
     except GatedRepoError:
         raise PackError(
-            f"{reference}: access to this model must be granted first",
-            f"Ask for it on the model's page, then run: hf auth login   ({reference.repo})",
+            f"{reference}: access to this {what} must be granted first",
+            f"Ask for it on the {what}'s page, then run: hf auth login   ({reference.repo})",
         ) from None
     except RevisionNotFoundError:
         raise PackError(
-            f"{reference}: the model has no such revision", "Check the text after '@'."
+            f"{reference}: the {what} has no such revision", "Check the text after '@'."
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise PackError(
-            f"{reference}: neither a folder here nor a model on the Hub",
-            "Check the spelling; for a private model run: hf auth login",
+            f"{reference}: neither a folder here nor a {what} on the Hub",
+            f"Check the spelling; for a private {what} run: hf auth login",
         ) from None
     except (OSError, HTTPError) as error:
         raise PackError(

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from mergekit_lite.cli.options import TEXT
 from mergekit_lite.cli.table import echo_table
 from mergekit_lite.text import plain
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mergekit_lite.evaluate.measure import Measured, Subject
+    from mergekit_lite.evaluate.tasks import TaskScore
     from mergekit_lite.merge.model import WholeModel
 
 __all__ = ["command"]
@@ -23,7 +28,7 @@ __all__ = ["command"]
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--reference", metavar="MODEL", help="What the models are compared with.")
 @click.option(
-    "--text", "path", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
+    "--text", "path", type=TEXT, metavar="FILE",
     help="Text, or JSON lines with text or messages.  [default: a small one that comes along]",
 )  # fmt: skip
 @click.option(
@@ -40,6 +45,19 @@ __all__ = ["command"]
     help="What it is computed in.",
 )  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
+@click.option(
+    "--tasks", "tasks", metavar="NAMES",
+    help="Tasks of lm-evaluation-harness, with commas between, in the place of text: "
+    "hellaswag,arc_easy",
+)  # fmt: skip
+@click.option(
+    "--task-path", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="DIR",
+    help="Folder with tasks of your own.",
+)  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Examples of each task.")
+@click.option(
+    "--shots", type=click.IntRange(min=0), metavar="N", help="Examples before each question."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print all numbers for programs.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def command(
@@ -51,6 +69,10 @@ def command(
     seed: int,
     dtype: str,
     device: str,
+    tasks: str | None,
+    task_path: Path | None,
+    limit: int | None,
+    shots: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -58,17 +80,25 @@ def command(
 
     A model may be a folder, a Hub id, base+adapter, a recipe that has not run, or a GGUF file,
     which llama.cpp runs. All others are run one decoder layer at a time, so that memory is that of
-    a layer. The text is cut into the tokens of the reference, or of the first model.
+    a layer. The text is cut into the tokens of the reference, or of the first model. GPTQ, AWQ and
+    compressed-tensors folders are run as the floats that they stand for.
     """
     from exporters.subjects import open_subject, tokenizing
     from mergekit_lite.adapters.factor import check_device
     from mergekit_lite.cli.progress import make_progress
     from mergekit_lite.evaluate.forward import require_torch
     from mergekit_lite.evaluate.measure import measure
+    from mergekit_lite.evaluate.tasks import require_harness, run_tasks
     from mergekit_lite.evaluate.text import cut, read_text, tokenizer_of
 
     require_torch("pack eval")
     check_device(device)
+    if tasks is None and (task_path or limit or shots is not None):
+        raise click.UsageError("--task-path, --limit and --shots go with --tasks")
+    if tasks is not None:
+        require_harness()
+        if reference or path:
+            raise click.UsageError("--tasks compares nothing: leave --reference and --text out")
     text = read_text(path)
     names = list(dict.fromkeys([*([reference] if reference else []), *models]))
     with ExitStack() as stack, make_progress(quiet or as_json) as progress:
@@ -76,6 +106,14 @@ def command(
         for name in names:
             opened[name] = stack.enter_context(open_subject(name, Path(), dtype, device, progress))
         files, label = tokenizing([whole for _, whole in opened.values()], names)
+        if tasks is not None:
+            with tokenizer_of(files, label) as tokenizer:
+                scores = run_tasks(
+                    [opened[name][0] for name in models], tasks.split(","), tokenizer,
+                    _longest(opened[names[0]][1]), limit, shots, task_path, progress,
+                )  # fmt: skip
+            _show_scores(scores, as_json, quiet)
+            return
         with tokenizer_of(files, label) as tokenizer:
             pieces = cut(text, tokenizer, label, context, windows, seed)
         measured = measure(
@@ -96,6 +134,23 @@ def command(
             f"{pieces.text.name}: {len(pieces.ids)} windows of {context} tokens; intervals hold "
             "95 %"
         )
+
+
+def _longest(model: WholeModel | None) -> int:
+    """Tokens that a model knows positions for, 2048 at most."""
+    stated = None if model is None else model.checkpoint.config.get("max_position_embeddings")
+    return min(2048, stated) if isinstance(stated, int) and stated > 1 else 2048
+
+
+def _show_scores(scores: Sequence[TaskScore], as_json: bool, quiet: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([asdict(score) for score in scores]))
+    elif not quiet:
+        echo_table(
+            ["model", "task", "metric", "value", "± error"],
+            [[plain(s.model), plain(s.task), plain(s.metric), f"{s.value:.4f}",
+              "-" if s.error is None else f"{s.error:.4f}"] for s in scores],
+        )  # fmt: skip
 
 
 def _show(measured: list[Measured]) -> None:

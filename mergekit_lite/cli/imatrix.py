@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mergekit_lite.cli.options import TEXT
 from mergekit_lite.cli.table import echo_table
 from mergekit_lite.text import plain
 
@@ -18,7 +19,7 @@ CONTEXT, WINDOWS = 256, 128
 @click.command("imatrix", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", metavar="MODEL | FILE")
 @click.option(
-    "--text", "path", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
+    "--text", "path", type=TEXT, metavar="FILE",
     help="Text, or JSON lines with text or messages.  [default: a small one that comes along]",
 )  # fmt: skip
 @click.option(

@@ -10,8 +10,8 @@ import click
 from click.shell_completion import CompletionItem
 
 __all__ = [
-    "ACCEPT", "PROFILE", "REASON", "SIZE", "RecipePath", "Size", "accepted_licences",
-    "complete_merge", "human_bytes", "split_method",
+    "ACCEPT", "PROFILE", "REASON", "SIZE", "TEXT", "RecipePath", "Size", "TextSource",
+    "accepted_licences", "complete_merge", "human_bytes", "split_method",
 ]  # fmt: skip
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -34,7 +34,25 @@ class Size(click.ParamType[int]):
         return int(float(match[1]) * (_UNITS.get(unit) or _BINARY[unit]))
 
 
+class TextSource(click.ParamType[Path]):
+    """A text file, or a file of a data set on the Hub."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Find the file; one on the Hub is fetched."""
+        from mergekit_lite.evaluate.text import find_text
+
+        found = value if isinstance(value, Path) else find_text(str(value), Path())
+        if found is None:
+            self.fail(
+                f"there is no file {value!r}; of the Hub: hf://datasets/ORG/NAME/FILE", param, ctx
+            )
+        return found
+
+
 SIZE = Size()
+TEXT = TextSource()
 RecipePath = click.Path(path_type=Path)
 
 

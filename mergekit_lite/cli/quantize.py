@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 from click.shell_completion import CompletionItem
 
-from mergekit_lite.cli.options import SIZE, human_bytes
+from mergekit_lite.cli.options import SIZE, TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from exporters.gguf.mixtures import Overrides
-    from exporters.gguf.run import Made, Request
-    from mergekit_lite.dtypes import Array
-    from mergekit_lite.merge.model import WholeModel
 
 __all__ = ["command"]
 
-_FORMATS = ("gguf",)
-_COMMON = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q3_k_m", "iq4_xs", "q4_0", "bf16", "f16")
+_FORMATS = ("gguf", "gptq", "awq", "int8", "bnb")
+_COMMON = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q3_k_m", "iq4_xs", "q4_0", "bf16", "f16",
+           "w4g128", "w3g128", "w8a16", "w8a8", "nf4")  # fmt: skip
+_ORDERS = ("static", "groups", "columns", "none")
 
 
 class _Target(click.Tuple):
@@ -57,8 +56,44 @@ class _Target(click.Tuple):
     help="Importance of columns, from pack imatrix or llama-imatrix.",
 )  # fmt: skip
 @click.option(
-    "--calibration", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
-    help="Text, or JSON lines; the importance of columns is measured on it.",
+    "--calibration", type=TEXT, metavar="FILE",
+    help="Text, or JSON lines or Parquet with text or messages, that the model is run on; of the "
+    "Hub: hf://datasets/ORG/NAME/FILE. GGUF weighs columns "
+    "by it; GPTQ and AWQ need one.  [default for GPTQ and AWQ: a small one that comes along]",
+)  # fmt: skip
+@click.option(
+    "--no-calibration", is_flag=True,
+    help="Round to the nearest code, without running the model (GPTQ, int8).",
+)  # fmt: skip
+@click.option(
+    "--context", type=click.IntRange(2, 1 << 20), metavar="N",
+    help="Tokens of a window of that text.  [default: 512; for GGUF 256]",
+)  # fmt: skip
+@click.option(
+    "--windows", type=click.IntRange(2, 1 << 20), metavar="N",
+    help="Windows at most.  [default: 128]",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of windows.")
+@click.option(
+    "--format", "form", type=click.Choice(["gptq", "awq", "compressed-tensors"]),
+    help="How GPTQ and AWQ are written.  [default: each in its own]",
+)  # fmt: skip
+@click.option(
+    "--act-order", type=click.Choice(_ORDERS), default="static", show_default=True,
+    help="GPTQ: which columns are rounded first. static: those with most activation, scales found "
+    "before; groups: group by group; columns: groups are formed in that order (desc_act).",
+)  # fmt: skip
+@click.option(
+    "--damping", type=click.FloatRange(0, 1, min_open=True), default=0.01, show_default=True,
+    help="GPTQ: share of the mean that is added to the Gram matrix's diagonal.",
+)  # fmt: skip
+@click.option(
+    "--nearest", is_flag=True, help="AWQ, w8a8: round to the nearest code, as in their papers."
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
+    help="What the model is run in.",
 )  # fmt: skip
 @click.option(
     "--tensor-type", "patterns", multiple=True, metavar="PATTERN=TYPE",
@@ -89,6 +124,16 @@ def command(
     name: str | None,
     imatrix: Path | None,
     calibration: Path | None,
+    no_calibration: bool,
+    context: int | None,
+    windows: int | None,
+    seed: int,
+    form: str | None,
+    act_order: Literal["static", "groups", "columns", "none"],
+    damping: float,
+    nearest: bool,
+    device: str,
+    dtype: str,
     patterns: tuple[str, ...],
     output_type: str | None,
     embedding_type: str | None,
@@ -108,40 +153,53 @@ def command(
     pack quantize --to gguf q4_k_m                 (the model last made below dist)
     pack quantize --to gguf q4_k_m --to gguf q8_0 my-model
     pack quantize --to gguf q4_k_m recipe.yaml     (merged while it is quantized)
+    pack quantize --to gptq w4g128 --calibration text.txt my-model
+    pack quantize --to awq w4g128 my-model
 
-    Nothing is written between the model and the result, and nothing has to be compiled.
+    Nothing is written between the model and the result, and nothing has to be compiled. GPTQ, AWQ
+    and int8 run the model one decoder layer at a time; a run that was stopped continues at the
+    layer it was in.
     """  # noqa: D301 (click reads the character)
     if list_schemes:
         _list()
         return
     if not targets:
         raise click.UsageError("say what to make, for example: --to gguf q4_k_m")
-    from exporters.gguf.run import Options, prepare_gguf, run_gguf
+    from mergekit_lite.adapters.factor import check_device
     from mergekit_lite.checkpoint.known import KNOWN
-    from mergekit_lite.cli.progress import make_progress
-    from mergekit_lite.merge.model import open_whole
+    from mergekit_lite.cli.quantizing import Quantizing
     from mergekit_lite.merge.run import check_memory, default_threads
 
     KNOWN.enabled = not rehash
     check_memory(memory)
-    overrides = _overrides(patterns, output_type, embedding_type, pure)
     _check_targets(targets)
+    check_device(device)
+    if no_calibration and calibration is not None:
+        raise click.UsageError("give --calibration or --no-calibration, not both")
     if imatrix is not None and calibration is not None:
         raise click.UsageError("give --imatrix or --calibration, not both")
-    importance = _importance(model, imatrix, calibration, quiet or as_json)
-    whole = open_whole(model)
-    try:
-        requests = _requests(whole, targets, overrides, output, name, importance, split_max_size)
-        options = Options(threads or default_threads(), memory, force, verify)
-        with make_progress(quiet or as_json) as progress:
-            made = run_gguf(prepare_gguf(whole, requests), options, progress)
-    finally:
-        whole.close()
+    job = Quantizing(
+        model, tuple(dict.fromkeys(targets)), output, name, force, threads or default_threads(),
+        device, calibration, context, windows, seed, quiet or as_json,
+    )  # fmt: skip
+    of_gguf = {
+        "--imatrix": imatrix, "--tensor-type": patterns, "--output-type": output_type,
+        "--embedding-type": embedding_type, "--pure": pure, "--split-max-size": split_max_size,
+        "--verify": verify,
+    }  # fmt: skip
+    of_others = {"--no-calibration": no_calibration, "--format": form, "--nearest": nearest}
+    if not job.ggufs:
+        _refuse_unused("GGUF", of_gguf)
+    if not job.others:
+        _refuse_unused("GPTQ, AWQ, int8 and bnb", of_others)
+    overrides = _overrides(patterns, output_type, embedding_type, pure)
+    job.make_linears(form, not no_calibration, nearest, act_order, damping, dtype)
+    job.make_ggufs(imatrix, overrides, split_max_size, memory, verify)
     if as_json:
-        click.echo(json.dumps([_describe(result) for result in made]))
+        click.echo(json.dumps(job.described))
     elif not quiet:
-        for result in made:
-            _show(result)
+        for line in job.lines:
+            line.show()
 
 
 def _check_targets(targets: tuple[tuple[str, str], ...]) -> None:
@@ -153,55 +211,6 @@ def _check_targets(targets: tuple[tuple[str, str], ...]) -> None:
                 f"no such format '{target}'{nearest(target, _FORMATS)}; known: "
                 f"{', '.join(_FORMATS)}"
             )
-
-
-def _importance(
-    model: str | None, imatrix: Path | None, calibration: Path | None, quiet: bool
-) -> Mapping[str, Array]:
-    """Importance of columns: from a file, or measured; empty where none is asked for."""
-    from exporters.gguf.imatrix import read_imatrix
-    from mergekit_lite.cli.imatrix import CONTEXT, WINDOWS
-    from mergekit_lite.cli.progress import make_progress
-
-    if imatrix is not None:
-        return read_imatrix(imatrix)
-    if calibration is None:
-        return {}
-    from exporters.gguf.importance import importance_of
-
-    with make_progress(quiet) as progress:
-        return importance_of(model, calibration, CONTEXT, WINDOWS, progress).means()
-
-
-def _requests(
-    whole: WholeModel,
-    targets: tuple[tuple[str, str], ...],
-    overrides: Overrides,
-    output: Path | None,
-    name: str | None,
-    importance: Mapping[str, Array],
-    split_bytes: int | None,
-) -> list[Request]:
-    from exporters.gguf.export import Scheme
-    from exporters.gguf.mixtures import find_mixture
-    from exporters.gguf.run import Request
-
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise click.UsageError(f"'{name}' is no name of a file: letters, digits, '.', '_' and '-'")
-    if output is not None and output.suffix == ".gguf":
-        raise click.UsageError(f"-o names a folder; the file gets its name by --name "
-                               f"{output.stem}")  # fmt: skip
-    stem = name or whole.name
-    requests = []
-    for target, word in dict.fromkeys(targets):
-        mixture = find_mixture(word)
-        last = f"{target}-{mixture.name}"
-        folder = Path("dist") / stem / last
-        if output is not None:
-            folder = output / last if len(targets) > 1 else output
-        scheme = Scheme(mixture, overrides, importance, split_bytes)
-        requests.append(Request(scheme, folder, f"{stem}-{mixture.name.upper()}"))
-    return requests
 
 
 def _overrides(
@@ -233,36 +242,19 @@ def _overrides(
 
 def _list() -> None:
     from exporters.gguf.mixtures import MIXTURES
+    from exporters.schemes import SCHEMES
 
     click.echo("--to gguf …")
     for mixture in MIXTURES.values():
-        click.echo(f"  {mixture.name:<10} {mixture.summary}")
+        click.echo(f"  {mixture.name:<12} {mixture.summary}")
+    for target, schemes in SCHEMES.items():
+        click.echo(f"--to {target} …")
+        for name, summary in schemes.items():
+            click.echo(f"  {name:<12} {summary}")
 
 
-def _describe(made: Made) -> dict[str, object]:
-    return {
-        "folder": str(made.folder),
-        "seconds": round(made.seconds, 3),
-        "bits_per_weight": round(made.bits, 3),
-        "types": dict(made.types),
-        "verification": None if made.verification is None else made.verification.describe(),
-        "outputs": [{"path": o.path, "bytes": o.size, "sha256": o.sha256} for o in made.outputs],
-    }
-
-
-def _show(made: Made) -> None:
-    size = sum(output.size for output in made.outputs)
-    types = ", ".join(f"{count} {name}" for name, count in made.types.items())
-    click.echo(
-        f"{human_bytes(size)}, {made.bits:.2f} bits per weight ({types}) in {made.seconds:.1f} s"
-    )
-    if made.verification is not None:
-        click.echo(made.verification.line())
-        if made.verification.differing:
-            click.secho(
-                f"warning: tokenized otherwise, first: {made.verification.differing[0]!r:.70}",
-                fg="yellow", err=True,
-            )  # fmt: skip
-    files = [o.path for o in made.outputs if o.path.endswith(".gguf")]
-    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    click.echo(f"→ {made.folder / files[0]}{more}")
+def _refuse_unused(what: str, given: Mapping[str, object]) -> None:
+    """Refuse options that belong to formats that are not made."""
+    unused = [name for name, value in given.items() if value not in (None, (), False)]
+    if unused:
+        raise click.UsageError(f"{', '.join(unused)}: of {what}, which is not made here")

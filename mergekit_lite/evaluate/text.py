@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.adapters.architecture import quiet
+from mergekit_lite.checkpoint.hub import dataset_file
+from mergekit_lite.checkpoint.locate import find_local
 from mergekit_lite.errors import PackError
 
-__all__ = ["Text", "Windows", "cut", "read_text", "tokenizer_of"]
+__all__ = ["Text", "Windows", "cut", "find_text", "read_text", "tokenizer_of"]
 
 _BATCH_TOKENS = 2048
 _FEWEST = 2
@@ -44,11 +46,13 @@ class Windows:
         ids: ``(windows, context)``.
         text: Where they come from.
         seed: Which windows were taken follows from it.
+        asked: How many were asked for, at most; 0 if that is not known.
     """
 
     ids: Sequence[Sequence[int]]
     text: Text
     seed: int
+    asked: int = 0
 
     @property
     def context(self) -> int:
@@ -69,7 +73,7 @@ class Windows:
 
 
 def read_text(path: Path | None) -> Text:
-    """Read a text file, or JSON lines with ``text`` or ``messages``; None for the built-in one.
+    """Read text, or JSON lines or Parquet with ``text`` or ``messages``; None for the built-in one.
 
     Raises:
         PackError: It is not there, no UTF-8, or holds nothing.
@@ -79,6 +83,8 @@ def read_text(path: Path | None) -> Text:
         if path.stat().st_size > _LARGEST:
             raise PackError(f"{path}: has more than {_LARGEST >> 20} MB", "Give a part of it.")
         raw = path.read_bytes()
+        if path.suffix == ".parquet":
+            return Text(path.name, hashlib.sha256(raw).hexdigest(), _parquet(path))
         content = raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PackError(
@@ -93,6 +99,50 @@ def read_text(path: Path | None) -> Text:
     if not documents or all(isinstance(d, str) and not d.strip() for d in documents):
         raise PackError(f"{path}: holds no text", "Give a file with text.")
     return Text(path.name, digest, documents)
+
+
+def find_text(name: str, home: Path) -> Path | None:
+    """The file that a text's name means: on this disk, or of a data set on the Hub.
+
+    Args:
+        name: A path, or ``hf://datasets/ORG/NAME[@REVISION]/PATH``.
+        home: Folder that relative paths start from.
+
+    Returns:
+        None where there is none of that name.
+
+    Raises:
+        PackError: A data set or its file cannot be had.
+    """
+    path = find_local(name, home)
+    if path is not None and path.is_file():
+        return path
+    return dataset_file(name)
+
+
+def _parquet(path: Path) -> list[str | list[dict[str, str]]]:
+    """Rows of a table with a column ``text`` or ``messages``."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise PackError(
+            f"{path}: is Parquet, and 'pyarrow' is not installed",
+            "pip install 'pack-models[datasets]', or give text or JSON lines.",
+        ) from None
+    try:
+        names = parquet.read_schema(path).names
+        column = next((n for n in ("text", "messages") if n in names), None)
+        if column is None:
+            raise PackError(
+                f"{path}: has neither a column 'text' nor 'messages' ({', '.join(names):.100})",
+                "Give a table with one of them.",
+            )
+        rows = parquet.read_table(path, columns=[column]).column(0).to_pylist()
+    except (OSError, ValueError) as error:
+        raise PackError(f"{path}: cannot be read as Parquet ({error!s:.100})") from None
+    return [
+        _document(path, number, json.dumps({column: row})) for number, row in enumerate(rows, 1)
+    ]
 
 
 def _document(path: Path, number: int, line: str) -> str | list[dict[str, str]]:
@@ -178,4 +228,4 @@ def cut(text: Text, tokenizer: Any, label: str, context: int, most: int, seed: i
         # A choice that is the same everywhere: windows in the order of their hashes.
         order = sorted(chosen, key=lambda n: hashlib.sha256(f"{seed}:{n}".encode()).digest())
         chosen = sorted(order[:most])
-    return Windows([stream[n * context : (n + 1) * context] for n in chosen], text, seed)
+    return Windows([stream[n * context : (n + 1) * context] for n in chosen], text, seed, most)

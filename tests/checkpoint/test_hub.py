@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file, save
 
 from mergekit_lite.checkpoint.hub import parse_reference
-from tests.conftest import Ran, pack_process, write_recipe
+from tests.conftest import ROOT, Ran, pack_process, write_recipe
 from tests.hub_server import Fault, HubServer
 
 CONFIG = b'{"num_hidden_layers": 1}'
@@ -349,3 +349,22 @@ def test_an_adapter_on_the_hub_is_seen(hub: HubServer, run: Run, example_models:
     ran = run("inspect", "org/base+!org/lora", "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["tensors"] == 21
+
+
+def test_calibration_text_of_a_data_set(run: Run, hub: HubServer, tmp_path: Path) -> None:
+    """A file of a data set on the Hub; what is not there is named."""
+    lines = "\n".join(json.dumps({"text": f"Line {i} of a data set. " * 9}) for i in range(90))
+    hub.add("org/texts", {"data/train.jsonl": lines.encode()})
+    model = ROOT / "examples" / "models" / "base"
+    name = "hf://datasets/org/texts/data/train.jsonl"
+    more = ("--calibration", name, "--context", "64", "--windows", "8", "-q")
+    ran = run("quantize", "--to", "gptq", "w4g128", model, "-o", "out", *more)
+    assert ran.code == 0, ran.err
+    stated = json.loads((tmp_path / "out" / "pack.lock").read_text())["details"]["calibration"]
+    assert stated["text"] == "train.jsonl"
+    assert stated["windows"] == 8
+    for wrong, told in (("org/none/a.jsonl", "on the Hub"), ("org/texts/b.jsonl", "no such file")):
+        ran = run("eval", model, "--text", f"hf://datasets/{wrong}")
+        assert ran.code == 1
+        assert told in ran.err
+        assert "Traceback" not in ran.err

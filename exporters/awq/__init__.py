@@ -1,0 +1,1 @@
+"""AWQ: channels scaled by what goes through them before they are rounded, and its format."""

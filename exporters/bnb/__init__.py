@@ -1,0 +1,1 @@
+"""NF4, as bitsandbytes stores it."""

@@ -1,0 +1,102 @@
+"""Finished layers of a run, kept beside the result until it is whole, so that a run continues.
+
+Each is a safetensors file, written whole or not at all, with the tensors as the result will have
+them. A run whose inputs, text or settings differ begins afresh.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mergekit_lite.checkpoint.header import write_header
+from mergekit_lite.checkpoint.safetensors import SafetensorsCheckpoint
+from mergekit_lite.dtypes import Array, DType
+from mergekit_lite.merge.writer import explained
+
+__all__ = ["LayerStore"]
+
+_FINGERPRINT, _NOTES = "fingerprint", "notes"
+
+
+class LayerStore:
+    """The finished layers of one result.
+
+    Args:
+        final: Folder that the result will have.
+        fingerprint: Of all that decides its bytes.
+        count: Number of layers.
+    """
+
+    def __init__(self, final: Path, fingerprint: str, count: int) -> None:
+        self._folder = final.parent / f".{final.name}.layers"
+        self._fingerprint = fingerprint
+        self._count = count
+        self._open: dict[int, SafetensorsCheckpoint] = {}
+        with explained(final):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            stated = self._folder / _FINGERPRINT
+            same = stated.is_file() and stated.read_text() == fingerprint
+            self.discarded = stated.is_file() and not same
+            if not same:
+                shutil.rmtree(self._folder)
+                self._folder.mkdir()
+                stated.write_text(fingerprint)
+        self.done = {index for index in range(count) if self._path(index).is_file()}
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"layer-{index:05}.safetensors"
+
+    def put(
+        self, index: int, tensors: Mapping[str, tuple[DType, Array]], notes: Sequence[str]
+    ) -> None:
+        """Keep a layer.
+
+        Args:
+            index: Its number.
+            tensors: Type and content by name; content of the type's storage.
+            notes: What the user should know of it.
+        """
+        # Large types first, so that every tensor is aligned.
+        order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+        prefix, _ = write_header(
+            ((name, tensors[name][0], tensors[name][1].shape) for name in order),
+            {_NOTES: json.dumps(list(notes))},
+        )
+        path = self._path(index)
+        beside = path.with_suffix(".tmp")
+        with explained(path), beside.open("wb") as file:
+            file.write(prefix)
+            for name in order:
+                file.write(np.ascontiguousarray(tensors[name][1]).reshape(-1).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        self.done.add(index)
+
+    def get(self, index: int) -> SafetensorsCheckpoint:
+        """A finished layer."""
+        if index not in self._open:
+            self._open[index] = SafetensorsCheckpoint(self._path(index))
+        return self._open[index]
+
+    def notes(self, index: int) -> list[str]:
+        """What the user should know of a finished layer."""
+        found: list[str] = json.loads(self.get(index).metadata().get(_NOTES, "[]"))
+        return found
+
+    def close(self) -> None:
+        """Close all files."""
+        for layer in self._open.values():
+            layer.close()
+        self._open.clear()
+
+    def remove(self) -> None:
+        """Remove all layers: the result is whole."""
+        self.close()
+        shutil.rmtree(self._folder, ignore_errors=True)

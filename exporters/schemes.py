@@ -1,0 +1,33 @@
+"""Formats whose linear layers are quantized, and their usual schemes; imports nothing."""
+
+from __future__ import annotations
+
+__all__ = ["BUILT_IN", "FORMATS", "SCHEMES", "TARGETS"]
+
+BUILT_IN = "built-in text"
+"""Name of the text that comes along, in locks."""
+
+
+TARGETS = ("gptq", "awq", "int8", "bnb")
+FORMATS = ("gptq", "awq", "compressed-tensors")
+SCHEMES = {
+    "gptq": {
+        "w4g128": "4 bits, a scale for 128 inputs, symmetric (w4g128-asym: with zero points)",
+        "w4g64, w4g32": "finer groups",
+        "w4": "a scale for a whole row",
+        "w3g128, w2g64": "3 bits, 2 bits",
+        "w8g128": "8 bits",
+    },
+    "awq": {
+        "w4g128": "4 bits, a scale and a zero point for 128 inputs",
+        "w4g64, w4g32": "finer groups",
+    },
+    "int8": {
+        "w8a16": "weights of 8 bits, a scale for a row",
+        "w8a8": "weights and inputs of 8 bits; SmoothQuant where there is calibration",
+    },
+    "bnb": {
+        "nf4": "4 bits of a normal distribution, a scale for 64, for bitsandbytes",
+    },
+}
+"""Usual schemes, with what they are."""

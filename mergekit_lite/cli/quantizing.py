@@ -1,0 +1,242 @@
+"""What pack quantize makes, and what it says of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from mergekit_lite.cli.imatrix import CONTEXT, WINDOWS
+from mergekit_lite.cli.options import human_bytes
+from mergekit_lite.cli.progress import make_progress
+
+if TYPE_CHECKING:
+    from exporters.gguf.mixtures import Overrides
+    from exporters.gguf.run import Made
+    from exporters.linears.run import MadeLinears
+    from mergekit_lite.dtypes import Array
+
+__all__ = ["Quantizing"]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Something that is said at the end."""
+
+    text: str
+    warning: bool = False
+
+    def show(self) -> None:
+        """Say it."""
+        if self.warning:
+            click.secho(f"warning: {self.text}", fg="yellow", err=True)
+        else:
+            click.echo(self.text)
+
+
+@dataclass
+class Quantizing:
+    """One call of the command.
+
+    Attributes:
+        model: As the user named it.
+        targets: Formats and schemes.
+        output: Where results go; None for below ``dist``.
+        name: Of the files; None for the model's.
+        force: Whether results are replaced.
+        threads: Worker threads.
+        device: torch's.
+        text: Calibration text; None for what comes along.
+        context: Tokens of a window; None for the usual.
+        windows: Windows at most; None for the usual.
+        seed: Of their choice.
+        quiet: Whether nothing is shown.
+        lines: What is to be said.
+        described: The same for programs.
+    """
+
+    model: str | None
+    targets: tuple[tuple[str, str], ...]
+    output: Path | None
+    name: str | None
+    force: bool
+    threads: int
+    device: str
+    text: Path | None
+    context: int | None
+    windows: int | None
+    seed: int
+    quiet: bool
+    lines: list[_Line] = field(default_factory=list)
+    described: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check names.
+
+        Raises:
+            click.UsageError: One is none.
+        """
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise click.UsageError(
+                f"'{self.name}' is no name of a file: letters, digits, '.', '_' and '-'"
+            )
+        if self.output is not None and self.output.suffix == ".gguf":
+            raise click.UsageError(
+                f"-o names a folder; the file gets its name by --name {self.output.stem}"
+            )
+
+    @property
+    def ggufs(self) -> list[str]:
+        """Schemes of GGUF."""
+        return [scheme for target, scheme in self.targets if target == "gguf"]
+
+    @property
+    def others(self) -> list[tuple[str, str]]:
+        """Formats whose linear layers alone are quantized, with their schemes."""
+        return [pair for pair in self.targets if pair[0] != "gguf"]
+
+    def _folder(self, stem: str, last: str) -> Path:
+        if self.output is None:
+            return Path("dist") / stem / last
+        return self.output / last if len(self.targets) > 1 else self.output
+
+    def make_linears(
+        self,
+        form: str | None,
+        calibrated: bool,
+        nearest: bool,
+        order: Literal["static", "groups", "columns", "none"],
+        damping: float,
+        dtype: str,
+    ) -> None:
+        """Make what is no GGUF, one after the other."""
+        if not self.others:
+            return
+        from mergekit_lite.evaluate.forward import require_torch
+
+        require_torch(f"--to {self.others[0][0]}")
+        from exporters.gptq.solve import Settings
+        from exporters.linears.run import run_linears
+        from exporters.targets import Calibration, Wanted, check_wanted, cut_for, plan_target
+        from mergekit_lite.merge.model import open_whole
+
+        asked = [
+            Wanted(target, scheme, form, calibrated, nearest, Settings(order, damping),
+                   self.threads, self.device, dtype)
+            for target, scheme in self.others
+        ]  # fmt: skip
+        for wanted in asked:
+            check_wanted(wanted)
+        text = Calibration(self.text, self.context or 512, self.windows or WINDOWS, self.seed)
+        whole = open_whole(self.model)
+        try:
+            windows = cut_for(whole, text) if any(w.looks for w in asked) else None
+            for wanted in asked:
+                folder = self._folder(
+                    self.name or whole.name, f"{wanted.target}-{wanted.scheme.lower()}"
+                )
+                with make_progress(self.quiet) as progress:
+                    request = plan_target(wanted, whole, windows, folder, self.force)
+                    self._add_linears(run_linears(whole, request, progress))
+        finally:
+            whole.close()
+
+    def make_ggufs(
+        self,
+        imatrix: Path | None,
+        overrides: Overrides,
+        split_bytes: int | None,
+        memory: int,
+        verify: bool | None,
+    ) -> None:
+        """Make GGUF files; the weights are read once for all of them."""
+        if not self.ggufs:
+            return
+        from exporters.gguf.export import Scheme
+        from exporters.gguf.mixtures import find_mixture
+        from exporters.gguf.run import Options, Request, prepare_gguf, run_gguf
+        from mergekit_lite.merge.model import open_whole
+
+        mixtures = [find_mixture(word) for word in self.ggufs]
+        importance = self._importance(imatrix)
+        whole = open_whole(self.model)
+        try:
+            stem = self.name or whole.name
+            requests = [
+                Request(
+                    Scheme(mixture, overrides, importance, split_bytes),
+                    self._folder(stem, f"gguf-{mixture.name}"),
+                    f"{stem}-{mixture.name.upper()}",
+                )
+                for mixture in mixtures
+            ]
+            options = Options(self.threads, memory, self.force, verify)
+            with make_progress(self.quiet) as progress:
+                for made in run_gguf(prepare_gguf(whole, requests), options, progress):
+                    self._add_gguf(made)
+        finally:
+            whole.close()
+
+    def _importance(self, imatrix: Path | None) -> Mapping[str, Array]:
+        """Importance of columns: from a file, or measured; empty where none is asked for."""
+        if imatrix is not None:
+            from exporters.gguf.imatrix import read_imatrix
+
+            return read_imatrix(imatrix)
+        if self.text is None:
+            return {}
+        from exporters.gguf.importance import importance_of
+
+        with make_progress(self.quiet) as progress:
+            return importance_of(
+                self.model, self.text, self.context or CONTEXT, self.windows or WINDOWS,
+                progress, self.device,
+            ).means()  # fmt: skip
+
+    def _add_linears(self, made: MadeLinears) -> None:
+        size = sum(output.size for output in made.outputs)
+        self.lines.append(_Line(
+            f"{human_bytes(size)}, {made.bits:.2f} bits per weight ({made.matrices} matrices) in "
+            f"{made.seconds:.1f} s"
+        ))  # fmt: skip
+        self.lines.append(_Line(f"→ {made.folder}"))
+        self.described.append({
+            "folder": str(made.folder),
+            "seconds": round(made.seconds, 3),
+            "bits_per_weight": round(made.bits, 3),
+            "matrices": made.matrices,
+            "notes": list(made.notes),
+            "outputs": _outputs(made),
+        })  # fmt: skip
+
+    def _add_gguf(self, made: Made) -> None:
+        size = sum(output.size for output in made.outputs)
+        types = ", ".join(f"{count} {name}" for name, count in made.types.items())
+        self.lines.append(_Line(
+            f"{human_bytes(size)}, {made.bits:.2f} bits per weight ({types}) in "
+            f"{made.seconds:.1f} s"
+        ))  # fmt: skip
+        if made.verification is not None:
+            self.lines.append(_Line(made.verification.line()))
+            if made.verification.differing:
+                first = f"{made.verification.differing[0]!r:.70}"
+                self.lines.append(_Line(f"tokenized otherwise, first: {first}", warning=True))
+        files = [o.path for o in made.outputs if o.path.endswith(".gguf")]
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        self.lines.append(_Line(f"→ {made.folder / files[0]}{more}"))
+        self.described.append({
+            "folder": str(made.folder),
+            "seconds": round(made.seconds, 3),
+            "bits_per_weight": round(made.bits, 3),
+            "types": dict(made.types),
+            "verification": None if made.verification is None else made.verification.describe(),
+            "outputs": _outputs(made),
+        })  # fmt: skip
+
+
+def _outputs(made: Made | MadeLinears) -> list[dict[str, Any]]:
+    return [{"path": o.path, "bytes": o.size, "sha256": o.sha256} for o in made.outputs]
