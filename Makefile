@@ -43,11 +43,12 @@ lint: $(STAMP) ## Check style and types
 	@$(BIN)/mypy
 	@echo "== style and types are clean"
 
-bench: $(STAMP) ## Measure against peers (about 45 minutes, 18 GB of disk)
+bench: $(STAMP) ## Measure against peers (about 90 minutes, 25 GB of disk)
 	@$(BIN)/python -m benchmarks.merge
 	@$(BIN)/python -m benchmarks.adapters
 	@$(BIN)/python -m benchmarks.gguf
 	@$(BIN)/python -m benchmarks.release
+	@$(BIN)/python -m benchmarks.quantize
 
 clean: ## Remove what the targets above made
 	rm -rf $(VENV) examples/models benchmarks/work dist build

@@ -17,6 +17,7 @@ from benchmarks.paths import REPOSITORY, WORK
 MERGEKIT = "mergekit==0.1.5"
 # Pinned beside the peer: left to itself pip may choose a build with gigabytes of CUDA.
 TORCH = "torch==2.13.0"
+QUANTIZERS = {"gptqmodel": "gptqmodel==7.7.0", "llmcompressor": "llmcompressor==0.14.0.1"}
 # Both programs read local folders only; neither may wait for a network.
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -34,6 +35,24 @@ def mergekit_environment() -> Path:
         pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
         known = ["-c", str(REPOSITORY / "constraints.txt")]
         subprocess.run([*pip, "install", "--quiet", *known, TORCH, MERGEKIT], check=True)
+        ready.write_text(want)
+    return folder
+
+
+def quantizer_environment(name: str) -> Path:
+    """Install gptqmodel or llmcompressor into its own environment, once; return its folder.
+
+    A torch that the program's own metadata refuses is replaced.
+    """
+    folder = WORK / f"{name}-venv"
+    ready = folder / ".ready"
+    want = f"{QUANTIZERS[name]} {TORCH}"
+    if not ready.exists() or ready.read_text() != want:
+        print(f"installing {QUANTIZERS[name]} into its own environment", flush=True)
+        venv.create(folder, with_pip=True, symlinks=True, clear=True)
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+        subprocess.run([*pip, "install", "--quiet", TORCH], check=True)
+        subprocess.run([*pip, "install", "--quiet", QUANTIZERS[name]], check=True)
         ready.write_text(want)
     return folder
 

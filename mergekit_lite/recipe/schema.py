@@ -221,11 +221,36 @@ class EvaluateSection(_Section):
     ] = None
 
 
-class QuantizeEntry(_Section):
-    """One quantized file that `pack build` makes."""
+class CalibrationSection(_Section):
+    """Text that a model is run on while it is quantized."""
 
-    to: Literal["gguf"] = "gguf"
+    text: Annotated[
+        str | None,
+        Field(min_length=1, max_length=1000, description="A file; without it, a small one."),
+    ] = None
+    context: Annotated[int, Field(ge=2, le=1 << 20, description="Tokens of a window.")] = 512
+    windows: Annotated[int, Field(ge=2, le=1 << 20, description="Windows at most.")] = 128
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Of the choice of windows.")] = 0
+
+
+class QuantizeEntry(_Section):
+    """One quantized file or folder that `pack build` makes."""
+
+    to: Literal["gguf", "gptq", "awq", "int8", "bnb"] = "gguf"
     scheme: Annotated[str, Field(min_length=1, description="See `pack quantize --list`.")]
+    format: Annotated[
+        Literal["gptq", "awq", "compressed-tensors"] | None,
+        Field(description="How GPTQ and AWQ are written; each in its own if not given."),
+    ] = None
+    calibrate: Annotated[
+        bool | None,
+        Field(
+            description="Whether GPTQ and int8 run the model, as usual; else they round plainly."
+        ),
+    ] = None
+    calibration: Annotated[
+        CalibrationSection | None, Field(description="What the model is run on.")
+    ] = None
 
 
 class Recipe(_Section):

@@ -35,8 +35,10 @@ from mergekit_lite.release.steps import (
     Step,
     compare_step,
     evaluate_step,
+    linear_steps,
     make_step,
     quantize_steps,
+    wanted_of,
 )
 from mergekit_lite.release.version import propose
 
@@ -97,7 +99,11 @@ def build(
     recipe = read_recipe(path, METHODS, ALIASES)
     asked, afterwards = asked or Asked(), afterwards or Afterwards()
     _check(path, recipe, afterwards)
-    schemes = [find_mixture(entry.scheme) for entry in recipe.quantize or []]
+    entries = list(recipe.quantize or [])
+    schemes = [find_mixture(entry.scheme) for entry in entries if entry.to == "gguf"]
+    others = [entry for entry in entries if entry.to != "gguf"]
+    for entry in others:
+        wanted_of(entry, path.parent, options.threads)
     name = str(recipe.name) if recipe.version else None
     judged = judge_recipe(path, name=name, accepted=asked.accepted)
     if judged.verdict.conflicts:
@@ -112,6 +118,7 @@ def build(
         for mixture in schemes
     ]  # fmt: skip
     steps += quantize_steps(steps[0].folder, requests, place)
+    steps += linear_steps(steps[0].folder, others, path.parent, place)
     evaluated = evaluate_step(recipe, place, steps)
     steps += [evaluated] if evaluated else []
     if recipe.version is None:
@@ -133,6 +140,14 @@ def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
             f"{path}: gives {recipe.output}, which are not quantized",
             "Leave out quantize:, or merge into a model first.",
         )
+    for entry in recipe.quantize or []:
+        if entry.to == "gguf" and (
+            entry.format or entry.calibration or entry.calibrate is not None
+        ):
+            raise PackError(
+                f"{path}: format and calibration are for GPTQ, AWQ and int8, not for GGUF",
+                "Leave them out; by hand: pack quantize --to gguf … --calibration FILE",
+            )
     if recipe.evaluate and recipe.output != "model":
         raise PackError(
             f"{path}: gives {recipe.output}, which are not evaluated by themselves",
@@ -141,7 +156,7 @@ def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
     if recipe.evaluate:
         text_of(recipe.evaluate, path.parent)
         require_torch("evaluate: in the recipe")
-        if recipe.quantize:
+        if any(entry.to == "gguf" for entry in recipe.quantize or []):
             require_runner("evaluate: of quantized files")
     if recipe.version is None and (afterwards.key or afterwards.plan):
         raise PackError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from exporters.schemes import BUILT_IN
 from mergekit_lite.errors import PackError
 from mergekit_lite.release.gather import Made
 from mergekit_lite.release.hub import HubPlan, hub_plan
@@ -138,16 +139,30 @@ def draft_release(made: Made, home: Path, version: str, asked: Asked) -> Draft:
 def _made(made: Made, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe must ask for to give these results, however they were made."""
     every = (made.whole or made).artifacts
-    schemes = [a.lock["scheme"] for a in every if a.kind == "quantize"]
-    stated = [entry["scheme"] for entry in recipe.get("quantize") or []]
+    made_so = sorted((_entry(a) for a in every if a.kind == "quantize"), key=_order)
+    stated = sorted(recipe.get("quantize") or [], key=_order)
     asked: dict[str, Any] = {}
-    if sorted(schemes) != sorted(stated):
-        asked["quantize"] = [{"to": "gguf", "scheme": scheme} for scheme in sorted(schemes)] or None
+    if list(map(_order, made_so)) != list(map(_order, stated)):
+        asked["quantize"] = made_so or None
     if not any(artifact.kind == "compare" for artifact in every):
         asked["compare"] = False
     if recipe.get("evaluate") and not any(artifact.kind == "evaluate" for artifact in every):
         asked["evaluate"] = None
     return asked
+
+
+def _entry(artifact: Any) -> dict[str, Any]:
+    """What a recipe must ask for to give a quantized result."""
+    found = dict(artifact.lock.get("asked") or {"to": "gguf", "scheme": artifact.lock["scheme"]})
+    if "calibration" in found:
+        text = found["calibration"]["text"]
+        kept = {k: v for k, v in found["calibration"].items() if k not in ("text", "sha256")}
+        found["calibration"] = kept if text == BUILT_IN else {**kept, "text": text}
+    return found
+
+
+def _order(entry: Mapping[str, Any]) -> tuple[str, str]:
+    return str(entry.get("to", "gguf")), str(entry["scheme"]).lower()
 
 
 def _template(recipe: Mapping[str, Any], home: Path) -> str | None:

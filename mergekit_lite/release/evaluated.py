@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from exporters.subjects import open_subject, tokenizing
-from mergekit_lite.checkpoint.locate import Source, find_local
+from mergekit_lite.checkpoint.locate import Source
 from mergekit_lite.errors import PackError
 from mergekit_lite.evaluate.forward import require_torch
 from mergekit_lite.evaluate.measure import Measured, measure
-from mergekit_lite.evaluate.text import Text, cut, tokenizer_of
+from mergekit_lite.evaluate.text import Text, cut, find_text, tokenizer_of
 from mergekit_lite.merge.config import to_json
 from mergekit_lite.merge.run import Progress
 from mergekit_lite.merge.writer import refuse_existing
@@ -41,8 +41,8 @@ def text_of(section: EvaluateSection, home: Path) -> Path | None:
     """
     if section.text is None:
         return None
-    path = find_local(section.text, home)
-    if path is None or not path.is_file():
+    path = find_text(section.text, home)
+    if path is None:
         raise PackError(
             f"{section.text}: there is no such text", "Correct text: in the recipe's evaluate:."
         )

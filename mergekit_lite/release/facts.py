@@ -45,7 +45,8 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
     found = find_licence(licence) if licence else None
     head = front_matter(
         licence, bases, relation, card.get("languages") or [], card.get("tags") or [],
-        "peft" if relation == "adapter" else "transformers" if "merge" in kinds else "gguf",
+        "peft" if relation == "adapter" else "gguf" if kinds == {"quantize"} and ggufs
+        else "transformers",
         _model_index(made),
     )  # fmt: skip
     return {
@@ -77,7 +78,11 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
         "cache": file_size(cached) if (cached := cache_bytes(draft.config)) else "",
         "adapters": _adapters(made),
         "files": [{"path": e.path, "size": file_size(e.size)} for e in weights if e.size > 1 << 16],
-        "in_transformers": made.main.kind == "merge",
+        "in_transformers": made.main.kind == "merge" or bool(made.variant and not ggufs),
+        "linears": [] if made.variant else sorted({
+            made.place(a, "").rstrip("/") for a in made.artifacts
+            if a.kind == "quantize" and a.lock.get("format") != "gguf"
+        }),
         "kind": made.main.kind,
         "ggufs": ggufs,
         "siblings": list(_siblings(draft)),
@@ -130,7 +135,8 @@ def _quantized(made: Made) -> Iterator[dict[str, str]]:
         for kind in types.values():
             counts[kind] = counts.get(kind, 0) + 1
         checked = artifact.lock.get("verification") or {}
-        measured = "not measured"
+        evaluated = any(a.kind == "evaluate" for a in (made.whole or made).artifacts)
+        measured = "see the evaluation" if evaluated else "not measured"
         if checked.get("divergence") is not None:
             measured = (
                 f"KL divergence {checked['divergence']:.2e}, the same top token at "
@@ -138,9 +144,12 @@ def _quantized(made: Made) -> Iterator[dict[str, str]]:
             )
         elif checked.get("largest_relative_error") is not None:
             measured = f"largest error of a tensor {checked['largest_relative_error']:.2%}"
+        form = artifact.lock.get("format")
+        path = artifact.files[0].path if form == "gguf" else "model*.safetensors"
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
         yield {
-            "path": made.place(artifact, artifact.files[0].path),
-            "types": ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())),
+            "path": made.place(artifact, path),
+            "types": listed or f"{form} {artifact.lock.get('scheme')}",
             "bits": str(artifact.lock.get("bits_per_weight", "-")),
             "measured": measured,
         }
@@ -171,6 +180,8 @@ def _evaluation(made: Made) -> dict[str, Any] | None:
     ]  # fmt: skip
     ggufs = [made.place(a, e.path) for a in made.artifacts if a.kind == "quantize"
              for e in a.files if e.path.endswith(".gguf")]  # fmt: skip
+    ggufs += [made.place(a, "").rstrip("/") or "." for a in made.artifacts
+              if a.kind == "quantize" and a.lock.get("format") != "gguf"]  # fmt: skip
     options = f"{text} --context {settings['context']} --windows {settings['windows']}"
     commands = [f"pack eval . --reference {against}{options}"] if against else []
     commands += [f"pack eval {' '.join(ggufs)} --reference .{options}"] if ggufs else []

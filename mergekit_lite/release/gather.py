@@ -14,7 +14,17 @@ from mergekit_lite.merge.lock import LOCK_NAME
 from mergekit_lite.release.hub import hub_plan
 from mergekit_lite.release.manifest import Entry
 
-__all__ = ["ABOUT", "STATED", "Artifact", "Made", "gather", "is_intact", "last_name", "weighing"]
+__all__ = [
+    "ABOUT",
+    "OWN_PAGES",
+    "STATED",
+    "Artifact",
+    "Made",
+    "gather",
+    "is_intact",
+    "last_name",
+    "weighing",
+]
 
 _BESIDE = frozenset({
     "accept_licenses", "card", "compare", "evaluate", "hub", "license", "licenses", "profile",
@@ -27,6 +37,9 @@ ABOUT = frozenset({"compare", "evaluate"})
 
 STATED = ".recipe.json"
 """Beside the results of a build: its recipe, of which only the papers' part may be newer."""
+
+OWN_PAGES = {"adapters": "ADAPTERS.md", "quantize": "QUANTIZED.md"}
+"""What the page of a result is called where the card of the release has its name, by kind."""
 
 _MAIN = ("merge", "adapter", "extract", "adapters")
 
@@ -64,7 +77,8 @@ class Made:
         name: Theirs.
         artifacts: Sorted, the model or adapter itself first.
         stated: The recipe as it stands now; None for that of the locks.
-        variant: Format of a release that holds one format alone, ``gguf``; empty otherwise.
+        variant: Format of a release that holds one alone, ``gguf``, ``gptq-w4g128``; empty
+            otherwise.
         whole: All that was made, where this is a part of it.
     """
 
@@ -91,16 +105,15 @@ class Made:
     def parts(self) -> list[Made]:
         """What is released: all in one, or where the recipe asks the model and each format."""
         plan = hub_plan(self.recipe.get("hub"))
-        formats = sorted(
-            {str(a.lock.get("format")) for a in self.artifacts if a.kind == "quantize"}
-        )
+        formats = sorted({_form(a) for a in self.artifacts if a.kind == "quantize"})
         rest = [a for a in self.artifacts if a.kind != "quantize"]
         if not (plan and plan.per_format and formats and rest):
             return [self]
         main = replace(self, artifacts=rest, whole=self)
         return [main, *(
             replace(self, variant=one, whole=self,
-                    artifacts=[a for a in self.artifacts if a.lock.get("format") == one])
+                    artifacts=[a for a in self.artifacts
+                               if a.kind == "quantize" and _form(a) == one])
             for one in formats
         )]  # fmt: skip
 
@@ -111,11 +124,11 @@ class Made:
 
     def place(self, artifact: Artifact, path: str) -> str:
         """Where a file lies in a release: the model itself at the top, so that programs load it."""
-        if self.variant:
-            return path
-        if artifact is self.main:  # a bundle's own page gives way to the card
-            return "ADAPTERS.md" if path == "README.md" else path
-        return f"{artifact.lock.get('format', artifact.folder.name)}/{path}"
+        if self.variant or artifact is self.main:  # its own page gives way to the card
+            own = OWN_PAGES.get(artifact.kind, path)
+            return own if path == "README.md" else path
+        form = _form(artifact) if "format" in artifact.lock else artifact.folder.name
+        return f"{form}/{path}"
 
     def files(self) -> Iterator[tuple[Path, Entry]]:
         """All files but papers: where each is, and as it lies in a release."""
@@ -151,6 +164,12 @@ class Made:
             return self.whole.recipe
         found = (a.lock.get("recipe") for a in self.artifacts)
         return next((recipe for recipe in found if isinstance(recipe, dict)), {})
+
+
+def _form(artifact: Artifact) -> str:
+    """Format of a quantized result; GGUF files lie together, models of other formats do not."""
+    form = str(artifact.lock.get("format"))
+    return form if form == "gguf" else f"{form}-{artifact.lock.get('scheme')}"
 
 
 def is_intact(path: Path, size: int, sha256: str, seal: Path) -> bool:

@@ -101,7 +101,9 @@ def _lacking(
         near = nearest(licence, [*licences()])
         yield f"the licence '{licence}' of the release is none that pack knows{near}"
     card = recipe.get("card") or {}
-    evaluated = any(a.kind == "evaluate" for a in (made.whole or made).artifacts)
+    evaluations = [a for a in (made.whole or made).artifacts if a.kind == "evaluate"]
+    evaluated = bool(evaluations)
+    seen = {str(d) for a in evaluations for d in (a.lock.get("results") or {}).values()}
     if profile.measured and not evaluated:
         yield "it was not evaluated (evaluate: in the recipe)"
     for key in profile.asked:
@@ -112,5 +114,6 @@ def _lacking(
     for artifact in made.artifacts:
         checked = artifact.lock.get("verification") or {}
         measured = {"divergence", "largest_relative_error"} & checked.keys()
-        if profile.measured and artifact.kind == "quantize" and not measured:
+        whole = {e.sha256 for e in artifact.files} <= seen
+        if profile.measured and artifact.kind == "quantize" and not (measured or whole):
             yield f"{artifact.folder.name} was not measured (pack quantize without --no-verify)"

@@ -18,20 +18,35 @@ from typing import Any
 import mergekit_lite
 from exporters.gguf.run import Options as GgufOptions
 from exporters.gguf.run import Request, prepare_gguf, run_gguf
+from exporters.linears.run import run_linears
+from exporters.schemes import BUILT_IN
+from exporters.targets import (
+    Calibration,
+    Wanted,
+    check_wanted,
+    cut_for,
+    describe_asked,
+    plan_target,
+)
 from mergekit_lite.adapters.locate import open_adapter, open_model
 from mergekit_lite.checkpoint.locate import Source
-from mergekit_lite.evaluate.text import read_text
+from mergekit_lite.errors import PackError
+from mergekit_lite.evaluate.text import find_text, read_text
 from mergekit_lite.merge.adapters import run_adapter_merge
 from mergekit_lite.merge.lock import LOCK_NAME, lock_inputs, stated_recipe
 from mergekit_lite.merge.model import open_whole
 from mergekit_lite.merge.run import Options, Progress, prepare, run_merge
 from mergekit_lite.recipe import Recipe
+from mergekit_lite.recipe.schema import CalibrationSection, QuantizeEntry
 from mergekit_lite.release.adapters import adapters_of, bundle_adapters
 from mergekit_lite.release.compared import compare_inputs
 from mergekit_lite.release.evaluated import check_thresholds, evaluate_results, text_of
 from mergekit_lite.release.gather import is_intact, weighing
 
-__all__ = ["Place", "Step", "compare_step", "evaluate_step", "make_step", "quantize_steps"]
+__all__ = [
+    "Place", "Step", "compare_step", "evaluate_step", "linear_steps", "make_step", "quantize_steps",
+    "wanted_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,7 +189,9 @@ def evaluate_step(recipe: Recipe, place: Place, made: Sequence[Step]) -> Step | 
         return None
     folder, model = place.dist / "evaluated", made[0].folder
     ggufs = {
-        step.folder.name.removeprefix("gguf-"): next(iter(sorted(step.folder.glob("*.gguf"))))
+        step.folder.name.removeprefix("gguf-"): next(
+            iter(sorted(step.folder.glob("*.gguf"))), step.folder
+        )
         for step in made[1:]
     }
     locks = [_lock(step.folder) for step in made]
@@ -245,6 +262,65 @@ def quantize_steps(model: Path, requests: Sequence[Request], place: Place) -> li
              seconds if request in missing else 0.0, request.folder)
         for request in requests
     ]  # fmt: skip
+
+
+def linear_steps(
+    model: Path, entries: Sequence[QuantizeEntry], home: Path, place: Place
+) -> list[Step]:
+    """Quantize to all formats other than GGUF that are not there, one after the other.
+
+    Args:
+        model: Folder of the model.
+        entries: What the recipe asks for.
+        home: Folder that relative paths of the recipe start from.
+        place: Where results go.
+
+    Raises:
+        PackError: A text is not there, or the model cannot be quantized so.
+    """
+    steps = []
+    for entry in entries:
+        began = time.monotonic()
+        wanted, calibration = wanted_of(entry, home, place.options.threads)
+        folder = place.dist / f"{entry.to}-{wanted.scheme}"
+        text = read_text(calibration.path)
+        name = BUILT_IN if calibration.path is None else text.name
+        asked = describe_asked(wanted, calibration, name, text.sha256)
+        whole = open_whole(model.name, model.parent)
+        try:
+            lock = _lock(folder)
+            same = lock.get("asked") == asked and not lock.get("options")
+            done = not (same and _is_of(lock, list(whole.sources)))
+            if done:
+                windows = cut_for(whole, calibration) if wanted.looks else None
+                force = place.options.force or (folder / LOCK_NAME).is_file()
+                request = plan_target(wanted, whole, windows, folder, force)
+                run_linears(whole, request, place.progress)
+        finally:
+            whole.close()
+        seconds = time.monotonic() - began if done else 0.0
+        steps.append(Step(f"{entry.to} {wanted.scheme}", done, seconds, folder))
+    return steps
+
+
+def wanted_of(entry: QuantizeEntry, home: Path, threads: int) -> tuple[Wanted, Calibration]:
+    """What an entry of a recipe asks for.
+
+    Raises:
+        PackError: There is no such scheme, or its text is not there.
+    """
+    section = entry.calibration or CalibrationSection()
+    path = None if section.text is None else find_text(section.text, home)
+    if section.text is not None and path is None:
+        raise PackError(
+            f"{section.text}: there is no such text",
+            "Correct text: in the recipe's calibration:.",
+        )
+    wanted = Wanted(
+        entry.to, entry.scheme.lower(), entry.format, entry.calibrate is not False, threads=threads
+    )
+    check_wanted(wanted)
+    return wanted, Calibration(path, section.context, section.windows, section.seed)
 
 
 def _lock(folder: Path) -> Mapping[str, Any]:

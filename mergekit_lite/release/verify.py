@@ -16,7 +16,7 @@ import yaml
 from mergekit_lite.checkpoint.digest import sha256_of
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.lock import LOCK_NAME
-from mergekit_lite.release.gather import weighing
+from mergekit_lite.release.gather import OWN_PAGES, weighing
 from mergekit_lite.release.manifest import (
     MANIFEST,
     SIGNATURE,
@@ -190,8 +190,8 @@ def _against_lock(
     for name, result in sorted(results.items()):
         for output in result.get("outputs", []):
             path, digest = str(output["path"]), output["sha256"]
-            path = "ADAPTERS.md" if path == "README.md" else path
-            places = [p for p in left if p == path or p.endswith(f"/{path}")]
+            names = {path, *(OWN_PAGES.values() if path == "README.md" else ())}
+            places = [p for p in left if p in names or p.endswith(f"/{path}")]
             place = next((p for p in places if left[p] == digest), None)
             if place is None:
                 yield f"{LOCK_NAME}: '{path}' of {name} is no file of this release"

@@ -235,6 +235,47 @@ def test_a_format_that_was_not_released(pack: Pack, home: Path) -> None:
     assert digests(made / "release-gguf") == before
 
 
+def test_formats_for_gpus(pack: Pack, home: Path) -> None:
+    """GPTQ and AWQ in repositories of their own, with a text of the user's; a second time nothing.
+
+    By hand with the same settings it is the same recipe.
+    """
+    (home / "text.txt").write_text((ROOT / "README.md").read_text())
+    calibration = {"text": "text.txt", "context": 64, "windows": 16}
+    quantize = [
+        {"to": "gptq", "scheme": "w4g128", "calibration": calibration},
+        {"to": "int8", "scheme": "w8a16"},
+    ]
+    _edit(home, hub={"repo": "org/x", "per_format": True}, quantize=quantize, evaluate=None)
+    ran = pack("build", "r.yaml", "--json", cwd=home)
+    assert ("gptq w4g128", True) in _steps(ran)
+    assert ("int8 w8a16", True) in _steps(ran)
+    made = home / "dist" / "ties-release"
+    folder = made / "release-gptq-w4g128" / "1.0.0"
+    assert (folder / "model.safetensors").is_file()
+    assert (folder / "QUANTIZED.md").is_file()
+    card = (folder / "README.md").read_text()
+    assert "base_model_relation: quantized" in card
+    assert "vllm serve ." in card
+    for one in (folder, made / "release-int8-w8a16" / "1.0.0", made / "release" / "1.0.0"):
+        assert pack("verify", one, "-q").code == 0
+    assert ("gptq w4g128", False) in _steps(pack("build", "r.yaml", "--json", cwd=home))
+    ran = pack("reproduce", folder, cwd=home)
+    assert ran.code == 0, ran.err
+    before = digests(made / "gptq-w4g128")
+    words = ("--calibration", "text.txt", "--context", 64, "--windows", 16, "--force", "-q")
+    ran = pack("quantize", "--to", "gptq", "w4g128", "dist/ties-release/merged", *words, cwd=home)
+    assert ran.code == 0, ran.err
+    now = digests(made / "gptq-w4g128")
+    assert {k: v for k, v in now.items() if k != "pack.lock"} == {
+        k: v for k, v in before.items() if k != "pack.lock"
+    }
+    (home / "text.txt").write_text((ROOT / "CONTRIBUTING.md").read_text())
+    ran = pack("build", "r.yaml", cwd=home)  # of another text it is another model
+    assert ran.code == 1
+    assert "was released with other content" in ran.err
+
+
 def test_what_was_changed_by_hand(pack: Pack, home: Path) -> None:
     """A result whose bytes changed is made again; a release is not kept, and told."""
     _edit(home, quantize=None)
