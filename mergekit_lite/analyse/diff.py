@@ -14,6 +14,7 @@ import numpy as np
 from mergekit_lite.analyse.sums import Sums
 from mergekit_lite.checkpoint.layers import Layer, map_layers
 from mergekit_lite.checkpoint.protocol import Checkpoint, Rows, TensorReader, TensorSpec
+from mergekit_lite.checkpoint.quantized import is_packed
 from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import PackError
 from mergekit_lite.kernels.cast import decode
@@ -228,13 +229,10 @@ def _notes(every: Sequence[Checkpoint], names: Sequence[str], common: Sequence[s
                 f"{len(other)} of {len(common)} tensors are {other[0][0]} in {names[0]} and "
                 f"{other[0][1]} in {label}: rounding counts as change"
             )
-    quantized = [n for n, m in zip(names, every, strict=True) if m.config.get(_QUANTIZED)]
-    if quantized:
-        notes.append(f"{', '.join(quantized)}: quantized; stored values are compared as they are")
+    packed = [n for n, m in zip(names, every, strict=True) if is_packed(m)]
+    if packed:
+        notes.append(f"{', '.join(packed)}: quantized; stored values are compared as they are")
     return notes
-
-
-_QUANTIZED = "quantization_config"
 
 
 class _Together(TensorReader):

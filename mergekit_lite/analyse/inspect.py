@@ -11,6 +11,7 @@ from mergekit_lite.checkpoint.card import read_card
 from mergekit_lite.checkpoint.layers import map_layers
 from mergekit_lite.checkpoint.locate import Source
 from mergekit_lite.checkpoint.protocol import Checkpoint
+from mergekit_lite.checkpoint.quantized import is_packed
 
 __all__ = ["ModelView", "count_dtypes", "list_tensors", "model_data", "view_model"]
 
@@ -100,7 +101,7 @@ def view_model(source: Source) -> ModelView:
         metadata=checkpoint.metadata(),
         notes=(
             *source.notes, *card.notes, *tokenizer.notes,
-            *_doubts(dimensions, tokenizer, quantized, checkpoint.config),
+            *_doubts(dimensions, tokenizer, is_packed(checkpoint), checkpoint.config),
         ),
     )  # fmt: skip
 
@@ -179,14 +180,14 @@ def _quantized(config: Mapping[str, object]) -> str | None:
 def _doubts(
     dimensions: Mapping[str, int],
     tokenizer: TokenizerView,
-    quantized: str | None,
+    packed: bool,
     config: Mapping[str, object],
 ) -> Iterable[str]:
     """What does not fit together, or is not what it seems."""
     rows = dimensions.get("vocabulary")
     if rows is not None and tokenizer.tokens is not None and tokenizer.tokens > rows:
         yield f"the tokenizer has {tokenizer.tokens} tokens, the model embeds {rows}"
-    if quantized and quantized != "gguf":  # GGUF's shapes are those of the model
+    if packed:
         yield "quantized weights are packed: elements are no parameters of the model"
     if config.get("auto_map"):
         yield "the config names Python code of the model's own (auto_map); pack never runs it"

@@ -22,7 +22,14 @@ from mergekit_lite.errors import FileFormatError, PackError
 from mergekit_lite.kernels.bits import unpack, words_of
 from mergekit_lite.kernels.cast import decode
 
-__all__ = ["AWQ_ORDER", "QuantizedCheckpoint", "as_floats", "quantization_of", "refuse_unread"]
+__all__ = [
+    "AWQ_ORDER",
+    "QuantizedCheckpoint",
+    "as_floats",
+    "is_packed",
+    "quantization_of",
+    "refuse_unread",
+]
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight outputs lies in each four bits of a word, lowest first."""
@@ -59,6 +66,13 @@ def as_floats(
     return QuantizedCheckpoint(stored, form, settings)
 
 
+def is_packed(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint's numbers are codes that are not read here; GGUF's are."""
+    settings = quantization_of(checkpoint.config)
+    known = isinstance(checkpoint, QuantizedCheckpoint) and checkpoint.matrices > 0
+    return settings is not None and settings.get("quant_method") != "gguf" and not known
+
+
 def refuse_unread(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose numbers are codes that are not read here.
 
@@ -66,7 +80,7 @@ def refuse_unread(checkpoint: Checkpoint) -> None:
         PackError: It is one.
     """
     settings = quantization_of(checkpoint.config)
-    if settings is not None and isinstance(checkpoint, SafetensorsCheckpoint):
+    if settings is not None and is_packed(checkpoint):
         kind = settings.get("format") or settings.get("version") or ""
         raise PackError(
             f"{checkpoint.label}: its weights are quantized in a way that is not read here "
@@ -175,6 +189,11 @@ class QuantizedCheckpoint(Checkpoint):
         if name in self._turned:
             shape = shape[::-1]
         return TensorSpec(shape, DTYPES["F32"])
+
+    @property
+    def matrices(self) -> int:
+        """How many of its matrices lie on a grid."""
+        return len(self._modules)
 
     def names(self) -> Sequence[str]:
         """Names of all tensors, sorted."""

@@ -119,6 +119,9 @@ class Quantizing:
         from mergekit_lite.evaluate.forward import require_torch
 
         require_torch(f"--to {self.others[0][0]}")
+        import torch
+
+        torch.set_num_threads(self.threads)
         from exporters.gptq.solve import Settings
         from exporters.linears.run import run_linears
         from exporters.targets import Calibration, Wanted, check_wanted, cut_for, plan_target

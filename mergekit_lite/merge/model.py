@@ -171,6 +171,7 @@ def last_result(home: Path) -> Path:
         for path in (home / "dist").glob(f"*/*/{LOCK_NAME}")
         if any(path.parent.glob("*.safetensors"))
         and not (path.parent / "adapter_config.json").is_file()
+        and load_json(path).get("kind") != "quantize"
     ]
     if not locks:
         raise PackError(

@@ -394,6 +394,16 @@ def test_a_recipe_and_an_adapter(pack: Pack, tmp_path: Path) -> None:
     ran = pack("quantize", "--to", "gptq", "w4g128", recipe, "-o", "direct", *more, cwd=tmp_path)
     assert ran.code == 0, ran.err
     first = tmp_path / "dist" / "merge" / "gptq-w4g128"
+    # What is quantized next is the model that was merged, not what was made of it.
+    ran = pack("quantize", "--to", "gguf", "q8_0", "--no-verify", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    lock = json.loads((tmp_path / "dist" / "merge" / "gguf-q8_0" / "pack.lock").read_text())
+    assert lock["model"] == "merged"
+    seen = json.loads(pack("inspect", first, "--json", cwd=tmp_path).out)
+    assert not any("packed" in note for note in seen["notes"])
+    assert seen["quantized"] == "gptq, 4 bits, groups of 128"
+    ran = pack("diff", tmp_path / "dist" / "merge" / "merged", first, "--json", cwd=tmp_path)
+    assert ran.code == 0, ran.err
     for name in ("model.safetensors", "config.json", "quantize_config.json", "tokenizer.json"):
         assert (first / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
     lock = json.loads((tmp_path / "direct" / "pack.lock").read_text())
