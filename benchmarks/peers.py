@@ -26,17 +26,8 @@ _REPORTED = ("mergekit", "torch", "transformers", "safetensors", "numpy")
 
 def mergekit_environment() -> Path:
     """Install mergekit into its own environment, once; return the environment's folder."""
-    folder = WORK / "mergekit-venv"
-    ready = folder / ".ready"
-    want = f"{MERGEKIT} {TORCH}"
-    if not ready.exists() or ready.read_text() != want:
-        print(f"installing {MERGEKIT} into its own environment (1.6 GB, a few minutes)", flush=True)
-        venv.create(folder, with_pip=True, symlinks=True, clear=True)
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
-        known = ["-c", str(REPOSITORY / "constraints.txt")]
-        subprocess.run([*pip, "install", "--quiet", *known, TORCH, MERGEKIT], check=True)
-        ready.write_text(want)
-    return folder
+    known = ["-c", str(REPOSITORY / "constraints.txt")]
+    return _environment("mergekit", MERGEKIT, [[*known, TORCH, MERGEKIT]])
 
 
 def quantizer_environment(name: str) -> Path:
@@ -44,15 +35,26 @@ def quantizer_environment(name: str) -> Path:
 
     A torch that the program's own metadata refuses is replaced.
     """
+    return _environment(name, QUANTIZERS[name], [[TORCH], [QUANTIZERS[name]]])
+
+
+def _environment(name: str, package: str, steps: Sequence[Sequence[str]]) -> Path:
+    """Make a virtual environment and run pip in it, once for these versions.
+
+    Args:
+        name: Of the program.
+        package: What is installed, for the user.
+        steps: Arguments of ``pip install``, one call after the other.
+    """
     folder = WORK / f"{name}-venv"
     ready = folder / ".ready"
-    want = f"{QUANTIZERS[name]} {TORCH}"
+    want = f"{package} {TORCH}"
     if not ready.exists() or ready.read_text() != want:
-        print(f"installing {QUANTIZERS[name]} into its own environment", flush=True)
+        print(f"installing {package} into its own environment (2 GB, a few minutes)", flush=True)
         venv.create(folder, with_pip=True, symlinks=True, clear=True)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", "--quiet", TORCH], check=True)
-        subprocess.run([*pip, "install", "--quiet", QUANTIZERS[name]], check=True)
+        for step in steps:
+            subprocess.run([*pip, "install", "--quiet", *step], check=True)
         ready.write_text(want)
     return folder
 
