@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,8 @@ class GptqRounder:
         threads: Worker threads.
         device: torch's.
         budget: Bytes of activations in the middle of a layer that may be held, so that each layer
-            is run once; beyond, it is run once more for each of its matrices' inputs.
+            is run once; beyond, it is run once more for each of its matrices' inputs, to the same
+            codes. None for half of what the machine has left.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class GptqRounder:
         settings: Settings,
         threads: int,
         device: str,
-        budget: int = ACTIVATIONS,
+        budget: int | None = None,
     ) -> None:
         self._budget = budget
         self._stages: tuple[tuple[Place, ...], list[Stage]] = (), []
@@ -86,7 +89,7 @@ class GptqRounder:
 
         wide = max(columns.values(), default=0) + 2 * min(columns.values(), default=0)
         alone = all(len(set(stage.values())) == 1 for stage in stages)
-        if alone and run.tokens * wide * 4 <= self._budget:
+        if alone and run.tokens * wide * 4 <= self._room():
             stepwise(layer, run, stages, columns, self._device, settle)
         else:
             for number, stage in enumerate(stages):
@@ -99,6 +102,16 @@ class GptqRounder:
                 f"and were rounded plainly: {', '.join(few[:3])}{' …' if len(few) > 3 else ''}"
             )
         return result
+
+    def _room(self) -> int:
+        """Bytes that activations in the middle of a layer may take."""
+        if self._budget is not None:
+            return self._budget
+        with suppress(OSError, ValueError, IndexError):
+            for line in Path("/proc/meminfo").read_text().splitlines():
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024 // 2
+        return ACTIVATIONS
 
     def _group(
         self, layer: Any, group: Sequence[Matrix], seen: Inputs, result: LayerResult
