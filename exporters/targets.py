@@ -16,6 +16,7 @@ from exporters.linears.rounder import PlainRounder, Rounder, WeightRounder
 from exporters.linears.run import Request
 from exporters.linears.scheme import Scheme, parse_scheme
 from exporters.schemes import BUILT_IN, FORMATS, SCHEMES, TARGETS
+from mergekit_lite.checkpoint.gguf import GgufCheckpoint
 from mergekit_lite.errors import PackError, nearest
 from mergekit_lite.evaluate.text import Windows, cut, read_text, tokenizer_of
 from mergekit_lite.merge.model import WholeModel
@@ -120,6 +121,7 @@ def plan_target(
         PackError: See `check_wanted`.
     """
     check_wanted(wanted)
+    refuse_gguf(model)
     stated = model.checkpoint.config.get("dtype") or model.checkpoint.config.get("torch_dtype")
     dtype = {"float16": "F16", "bfloat16": "BF16"}.get(str(stated), "F32")
     layout = _layout(wanted, _scheme(wanted), dtype)
@@ -226,6 +228,19 @@ def _rounder(wanted: Wanted, grid: Grid) -> Rounder | WeightRounder:
     return gptq
 
 
+def refuse_gguf(model: WholeModel) -> None:
+    """Refuse a GGUF file: its names are not transformers', and mostly it is quantized already.
+
+    Raises:
+        PackError: It is one.
+    """
+    if isinstance(model.checkpoint, GgufCheckpoint):
+        raise PackError(
+            f"{model.reference}: is a GGUF file, which is only made into other GGUF files",
+            "Give the model that it was made of.",
+        )
+
+
 def cut_for(model: WholeModel, calibration: Calibration) -> Windows:
     """Cut calibration text into a model's tokens.
 
@@ -233,6 +248,7 @@ def cut_for(model: WholeModel, calibration: Calibration) -> Windows:
         PackError: The text is too short or cannot be read, the model has no tokenizer, or no chat
             template for conversations.
     """
+    refuse_gguf(model)
     text = read_text(calibration.path)
     with tokenizer_of(model.files, model.reference) as tokenizer:
         found = cut(

@@ -111,6 +111,7 @@ def importance_of(
     windows: int,
     progress: Progress,
     device: str = "cpu",
+    seed: int = 0,
 ) -> Importance:
     """Open a model, and measure it on a text.
 
@@ -121,6 +122,7 @@ def importance_of(
         windows: Windows at most.
         progress: Told how far it is.
         device: torch's device.
+        seed: Of the choice of windows.
 
     Raises:
         PackError: There is no such model, it is a GGUF file, or it cannot be run on the text.
@@ -135,7 +137,7 @@ def importance_of(
             )
         model.observe_alone(progress)
         with tokenizer_of(model.files, model.reference) as tokenizer:
-            pieces = cut(read_text(text), tokenizer, model.reference, context, windows)
+            pieces = cut(read_text(text), tokenizer, model.reference, context, windows, seed)
         return measure_importance(model, pieces, progress, device)
     finally:
         model.close()

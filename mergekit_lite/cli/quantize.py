@@ -42,8 +42,8 @@ class _Target(click.Tuple):
 @click.argument("model", required=False)
 @click.option(
     "--to", "targets", type=_Target(), multiple=True, metavar="FORMAT SCHEME",
-    help="What to make, for example: --to gguf q4_k_m. May be given several times; the weights "
-    "are read once.",
+    help="What to make, for example: --to gguf q4_k_m. May be given several times; GGUF "
+    "files are made in one pass over the weights.",
 )  # fmt: skip
 @click.option("--list", "list_schemes", is_flag=True, help="List formats and schemes.")
 @click.option(

@@ -197,7 +197,7 @@ class Quantizing:
         with make_progress(self.quiet) as progress:
             return importance_of(
                 self.model, self.text, self.context or CONTEXT, self.windows or WINDOWS,
-                progress, self.device,
+                progress, self.device, self.seed,
             ).means()  # fmt: skip
 
     def _add_linears(self, made: MadeLinears) -> None:
