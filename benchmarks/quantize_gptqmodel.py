@@ -1,6 +1,7 @@
 """Quantize with gptqmodel, in its own environment: `MODEL OUTPUT WINDOWS.json gptq|awq BITS`."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.quantization import FORMAT, METHOD
 
 model, output, windows, method, bits = sys.argv[1:6]
+os.chdir(Path(output).parent)  # it writes logs where it is started
 torch.set_num_threads(2)
 ids = json.loads(Path(windows).read_text())
 kind = (

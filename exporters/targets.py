@@ -15,7 +15,7 @@ from exporters.linears.quantized import Grid
 from exporters.linears.rounder import PlainRounder, Rounder, WeightRounder
 from exporters.linears.run import Request
 from exporters.linears.scheme import Scheme, parse_scheme
-from exporters.schemes import BUILT_IN, FORMATS, SCHEMES, TARGETS
+from exporters.schemes import BUILT_IN, SCHEMES, TARGETS
 from mergekit_lite.checkpoint.gguf import GgufCheckpoint
 from mergekit_lite.errors import PackError, nearest
 from mergekit_lite.evaluate.text import Windows, cut, read_text, tokenizer_of
@@ -24,6 +24,9 @@ from mergekit_lite.merge.model import WholeModel
 __all__ = [
     "Calibration", "Wanted", "check_wanted", "cut_for", "describe_asked", "plan_target",
 ]  # fmt: skip
+
+
+_FEWEST = 128
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ def _layout(wanted: Wanted, scheme: Scheme, dtype: str) -> Layout:
     own = {"int8": ("compressed-tensors",), "bnb": (), "gptq": ("gptq", "compressed-tensors")}
     if form not in own.get(wanted.target, ("awq", "compressed-tensors")):
         raise PackError(
-            f"--to {wanted.target} cannot be written as '{form}'{nearest(form, FORMATS)}",
+            f"--to {wanted.target} cannot be written as '{form}'",
             "Leave --format out."
             if wanted.target == "bnb"
             else "Use --format compressed-tensors, or leave --format out.",
@@ -255,6 +258,12 @@ def cut_for(model: WholeModel, calibration: Calibration) -> Windows:
             text, tokenizer, model.reference, calibration.context, calibration.windows,
             calibration.seed,
         )  # fmt: skip
+    count = len(found.ids) * found.context
+    if count < _FEWEST:
+        raise PackError(
+            f"{found.text.name}: {count} tokens are too few to calibrate on",
+            f"Give at least {_FEWEST}, better ten thousand: --windows, --context, a longer text.",
+        )
     if calibration.path is None:
         return replace(found, text=replace(found.text, name=BUILT_IN))
     return found

@@ -98,8 +98,8 @@ class GptqRounder:
                     settle(stage, leader, seen)
         if few:
             result.notes.append(
-                f"layer {index}: {len(few)} matrices of experts got fewer than {_FEWEST} tokens "
-                f"and were rounded plainly: {', '.join(few[:3])}{' …' if len(few) > 3 else ''}"
+                f"layer {index}: {len(few)} matrices got fewer than {_FEWEST} tokens and were "
+                f"rounded plainly: {', '.join(few[:3])}{' …' if len(few) > 3 else ''}"
             )
         return result
 

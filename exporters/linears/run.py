@@ -185,6 +185,10 @@ class _Run:
             f"linears {FORMAT}, torch {torch.__version__}, transformers {transformers.__version__}",
             self._model.fingerprint(),
             json.dumps(self._written.config, sort_keys=True),
+            json.dumps(
+                [request.target, request.scheme, request.details(), request.asked, request.options],
+                sort_keys=True,
+            ),
             f"{request.device} {request.dtype}",
             *(f"{s.name} {hashlib.sha256(s.prefix).hexdigest()}" for s in self._shards),
         ]
@@ -385,11 +389,17 @@ def _bits(shards: Sequence[Shard], specs: Sequence[TensorSpec]) -> float:
     return 8 * stored / max(1, sum(spec.elements for spec in specs))
 
 
-def _versions(request: Request) -> Mapping[str, str]:
+def _versions(request: Request) -> Mapping[str, Any]:
+    """What the bytes follow from; of products of matrices also how many threads share them."""
     import torch
     import transformers
 
-    return {
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "device": request.device.partition(":")[0], "dtype": request.dtype,
-    }  # fmt: skip
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": request.device.partition(":")[0],
+        "dtype": request.dtype,
+    }
+    if request.windows is not None:
+        found["torch_threads"] = torch.get_num_threads()
+    return found

@@ -17,6 +17,7 @@ import numpy as np
 from mergekit_lite.checkpoint.header import write_header
 from mergekit_lite.checkpoint.safetensors import SafetensorsCheckpoint
 from mergekit_lite.dtypes import Array, DType
+from mergekit_lite.errors import PackError
 from mergekit_lite.merge.writer import explained
 
 __all__ = ["LayerStore"]
@@ -38,6 +39,8 @@ class LayerStore:
         self._fingerprint = fingerprint
         self._count = count
         self._open: dict[int, SafetensorsCheckpoint] = {}
+        if self._folder.exists() and not self._folder.is_dir():
+            raise PackError(f"{self._folder}: is not a folder", "Move it away.")
         with explained(final):
             self._folder.mkdir(parents=True, exist_ok=True)
             stated = self._folder / _FINGERPRINT
@@ -47,7 +50,19 @@ class LayerStore:
                 shutil.rmtree(self._folder)
                 self._folder.mkdir()
                 stated.write_text(fingerprint)
-        self.done = {index for index in range(count) if self._path(index).is_file()}
+        self.done = {index for index in range(count) if self._holds(index)}
+
+    def _holds(self, index: int) -> bool:
+        """Whether a layer is there and whole; one that is damaged is made again."""
+        path = self._path(index)
+        if not path.is_file():
+            return False
+        try:
+            self.get(index)
+        except PackError:
+            path.unlink()
+            return False
+        return True
 
     def _path(self, index: int) -> Path:
         return self._folder / f"layer-{index:05}.safetensors"

@@ -11,6 +11,7 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -166,13 +167,18 @@ class QuantizedCheckpoint(Checkpoint):
         self._stored = stored
         self._form = form
         names = frozenset(stored.names())
-        ends = self._form.parts
-        modules = [n.removesuffix(f".{ends[0]}") for n in names if n.endswith(f".{ends[0]}")]
+        ends, key = self._form.parts, f".{self._form.key}"
         self._modules = {
             f"{module}.weight": module
-            for module in modules
-            if all(f"{module}.{end}" in names for end in ends)
+            for module in (n.removesuffix(key) for n in names if n.endswith(key))
         }
+        for module in self._modules.values():
+            for end, kinds in self._form.kinds.items():
+                if f"{module}.{end}" not in names:
+                    if end in ends:
+                        raise _refuse(module, stored.label, f"has no '{end}'")
+                elif (kind := stored.spec(f"{module}.{end}").dtype.name) not in kinds:
+                    raise _refuse(module, stored.label, f"has '{end}' of the type {kind}")
         parts = {
             f"{module}.{end}"
             for module in self._modules.values() for end in (*ends, *self._form.extras)
@@ -180,7 +186,8 @@ class QuantizedCheckpoint(Checkpoint):
         self._plain = [name for name in stored.names() if name not in parts]
         meta = settings.get("meta")
         turned = meta.get("transposed") if isinstance(meta, dict) else None
-        self._turned = frozenset(turned if isinstance(turned, list) else ())
+        listed = turned if isinstance(turned, list) else []
+        self._turned = frozenset(name for name in listed if isinstance(name, str))
         self._specs = {name: self._spec_of(name) for name in self._modules}
 
     def _spec_of(self, name: str) -> TensorSpec:
@@ -254,16 +261,24 @@ class QuantizedCheckpoint(Checkpoint):
         self._stored.close()
 
 
+_WORDS = ("I32", "U32")
+_REAL = ("F16", "BF16", "F32")
+
+
 class _Form:
     """A layout: the last parts of its names, and how they are read.
 
     Attributes:
         name: For people.
+        key: A part by which a layer is known.
         parts: Each layer has all of them.
         extras: A layer may have them.
+        kinds: Types that each may have.
     """
 
     name: str
+    key: str
+    kinds: Mapping[str, tuple[str, ...]]
     parts: tuple[str, ...]
     extras: tuple[str, ...] = ()
 
@@ -298,8 +313,12 @@ def _check(stored: Checkpoint, module: str, wanted: Mapping[str, tuple[int, ...]
 
 class _Gptq(_Form):
     name = "gptq"
+    key = "qweight"
     parts = ("qweight", "qzeros", "scales")
     extras = ("g_idx",)
+    kinds = MappingProxyType(
+        {"qweight": _WORDS, "qzeros": _WORDS, "scales": _REAL, "g_idx": _WORDS}
+    )
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._bits = _whole(settings, "bits", (2, 3, 4, 8))
@@ -317,7 +336,7 @@ class _Gptq(_Form):
             "qweight": (words_of(columns, self._bits), rows),
             "qzeros": (groups, words_of(rows, self._bits)),
         })  # fmt: skip
-        if groups == 0 or columns % groups:
+        if groups == 0 or columns == 0 or columns % groups:
             raise _refuse(module, stored.label, f"has {groups} groups for {columns} inputs")
         return rows, columns
 
@@ -338,7 +357,9 @@ class _Gptq(_Form):
 
 class _Awq(_Form):
     name = "awq"
+    key = "qweight"
     parts = ("qweight", "qzeros", "scales")
+    kinds = MappingProxyType({"qweight": _WORDS, "qzeros": _WORDS, "scales": _REAL})
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._bits = _whole(settings, "bits", (4,))
@@ -389,9 +410,17 @@ class _Compressed(_Form):
             raise _Unread
         self._bits = _whole(weights[0], "num_bits", (2, 3, 4, 8))
         self._packed = settings.get("format") == "pack-quantized"
-        self.parts = ("weight_packed", "weight_scale") if self._packed else (
-            "weight", "weight_scale")  # fmt: skip
-        self.extras = ("weight_shape", "weight_zero_point", "weight_g_idx", "input_scale")
+        packed = ("weight_packed", "weight_scale", "weight_shape")
+        self.parts = packed if self._packed else ("weight", "weight_scale")
+        self.key = "weight_packed" if self._packed else "weight_scale"
+        self.extras = ("weight_zero_point", "weight_g_idx", "input_scale")
+        self.kinds = {
+            "weight_packed" if self._packed else "weight": _WORDS if self._packed else ("I8",),
+            "weight_scale": _REAL,
+            **({"weight_shape": ("I64", "I32")} if self._packed else {}),
+            "weight_zero_point": _WORDS if self._packed else ("I8",),
+            "weight_g_idx": ("I32", "I64"),
+        }
 
     def shape(self, stored: Checkpoint, module: str) -> tuple[int, int]:
         words = stored.spec(f"{module}.{self.parts[0]}").shape
@@ -400,9 +429,10 @@ class _Compressed(_Form):
             raise _refuse(module, stored.label, "has scales that do not fit its weights")
         rows, columns = words
         if self._packed:
-            stated = stored.read(f"{module}.weight_shape").reshape(-1)
-            columns = int(stated[-1])
-            if stated.size != 2 or int(stated[0]) != rows or \
+            _check(stored, module, {"weight_shape": (2,)})
+            stated = stored.read(f"{module}.weight_shape")
+            columns = int(stated[1])
+            if columns < 1 or int(stated[0]) != rows or \
                     words[1] != words_of(columns, self._bits):  # fmt: skip
                 raise _refuse(module, stored.label, "has another size than it states")
         if scales[1] == 0 or columns % scales[1]:
@@ -439,6 +469,10 @@ class _Compressed(_Form):
 
 class _Nf4(_Form):
     name = "bitsandbytes"
+    key = "weight.quant_state.bitsandbytes__nf4"
+    kinds = MappingProxyType({
+        "weight": ("U8",), "weight.absmax": ("F32",), "weight.quant_map": ("F32",), key: ("U8",),
+    })  # fmt: skip
     parts = ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -451,7 +485,7 @@ class _Nf4(_Form):
             state = json.loads(raw)
             rows, columns = (int(size) for size in state["shape"])
             block = int(state["blocksize"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise _refuse(module, stored.label, "does not state its shape") from None
         if block < 1 or rows < 1 or columns < 1 or columns % block or columns % 2:
             raise _refuse(module, stored.label, f"has blocks of {block} for {columns} inputs")

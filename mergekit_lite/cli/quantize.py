@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from mergekit_lite.cli.options import SIZE, TEXT
@@ -178,9 +179,10 @@ def command(
         raise click.UsageError("give --calibration or --no-calibration, not both")
     if imatrix is not None and calibration is not None:
         raise click.UsageError("give --imatrix or --calibration, not both")
+    once = tuple(dict.fromkeys((target, scheme.lower()) for target, scheme in targets))
     job = Quantizing(
-        model, tuple(dict.fromkeys(targets)), output, name, force, threads or default_threads(),
-        device, calibration, context, windows, seed, quiet or as_json,
+        model, once, output, name, force, threads or default_threads(), device, calibration,
+        context, windows, seed, quiet or as_json,
     )  # fmt: skip
     of_gguf = {
         "--imatrix": imatrix, "--tensor-type": patterns, "--output-type": output_type,
@@ -192,6 +194,17 @@ def command(
         _refuse_unused("GGUF", of_gguf)
     if not job.others:
         _refuse_unused("GPTQ, AWQ, int8 and bnb", of_others)
+    source = click.get_current_context().get_parameter_source
+    given = {
+        f"--{name.replace('_', '-')}": source(name) is not ParameterSource.DEFAULT
+        for name in ("act_order", "damping", "dtype", "context", "windows", "seed", "calibration")
+    }
+    if not job.others:
+        _refuse_unused(
+            "GPTQ and AWQ", {k: given[k] for k in ("--act-order", "--damping", "--dtype")}
+        )
+    elif not job.looks and not job.ggufs:
+        _refuse_unused("what runs the model", given)
     overrides = _overrides(patterns, output_type, embedding_type, pure)
     job.make_linears(form, not no_calibration, nearest, act_order, damping, dtype)
     job.make_ggufs(imatrix, overrides, split_max_size, memory, verify)

@@ -99,6 +99,11 @@ class Quantizing:
         """Formats whose linear layers alone are quantized, with their schemes."""
         return [pair for pair in self.targets if pair[0] != "gguf"]
 
+    @property
+    def looks(self) -> bool:
+        """Whether something is made by running the model."""
+        return any(pair not in (("int8", "w8a16"), ("bnb", "nf4")) for pair in self.others)
+
     def _folder(self, stem: str, last: str) -> Path:
         if self.output is None:
             return Path("dist") / stem / last
@@ -116,16 +121,16 @@ class Quantizing:
         """Make what is no GGUF, one after the other."""
         if not self.others:
             return
-        from mergekit_lite.evaluate.forward import require_torch
+        from exporters.gguf.mixtures import find_mixture
+        from mergekit_lite.evaluate.forward import require_torch, set_threads
 
         require_torch(f"--to {self.others[0][0]}")
-        import torch
-
-        torch.set_num_threads(self.threads)
+        set_threads(self.threads)
         from exporters.gptq.solve import Settings
         from exporters.linears.run import run_linears
         from exporters.targets import Calibration, Wanted, check_wanted, cut_for, plan_target
         from mergekit_lite.merge.model import open_whole
+        from mergekit_lite.merge.writer import refuse_existing
 
         asked = [
             Wanted(target, scheme, form, calibrated, nearest, Settings(order, damping),
@@ -134,14 +139,17 @@ class Quantizing:
         ]  # fmt: skip
         for wanted in asked:
             check_wanted(wanted)
+        mixtures = [find_mixture(scheme) for scheme in self.ggufs]
         text = Calibration(self.text, self.context or 512, self.windows or WINDOWS, self.seed)
         whole = open_whole(self.model)
         try:
+            stem = self.name or whole.name
+            lasts = [f"gguf-{mixture.name}" for mixture in mixtures]
+            for last in (*lasts, *(f"{w.target}-{w.scheme}" for w in asked)):
+                refuse_existing(self._folder(stem, last), self.force)
             windows = cut_for(whole, text) if any(w.looks for w in asked) else None
             for wanted in asked:
-                folder = self._folder(
-                    self.name or whole.name, f"{wanted.target}-{wanted.scheme.lower()}"
-                )
+                folder = self._folder(stem, f"{wanted.target}-{wanted.scheme}")
                 with make_progress(self.quiet) as progress:
                     request = plan_target(wanted, whole, windows, folder, self.force)
                     self._add_linears(run_linears(whole, request, progress))

@@ -24,7 +24,15 @@ from mergekit_lite.evaluate.lockstep import Lockstep
 from mergekit_lite.evaluate.parts import Parts
 from mergekit_lite.merge.run import Progress
 
-__all__ = ["ACTIVATIONS", "Around", "Enough", "LayerRun", "LayerwiseModel", "require_torch"]
+__all__ = [
+    "ACTIVATIONS",
+    "Around",
+    "Enough",
+    "LayerRun",
+    "LayerwiseModel",
+    "require_torch",
+    "set_threads",
+]
 
 ACTIVATIONS = 2 << 30
 """Bytes of hidden states that are kept in memory; more goes to a file."""
@@ -42,6 +50,13 @@ def require_torch(what: str) -> None:
             f"{what} runs the model, and '{missing}' is not installed",
             "pip install 'pack-models[eval]'",
         )
+
+
+def set_threads(count: int) -> None:
+    """Let torch compute on so many threads; its sums depend on how many share them."""
+    import torch
+
+    torch.set_num_threads(count)
 
 
 class _Reached(Exception):

@@ -93,7 +93,7 @@ def read_text(path: Path | None) -> Text:
     digest = hashlib.sha256(raw).hexdigest()
     documents: list[str | list[dict[str, str]]] = [content]
     if path.suffix in (".jsonl", ".ndjson"):
-        lines = [(n, line) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
+        lines = [(n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
         documents = [_document(path, number, line) for number, line in lines]
     documents = [document for document in documents if document]
     if not documents or all(isinstance(d, str) and not d.strip() for d in documents):

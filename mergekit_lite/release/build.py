@@ -140,7 +140,13 @@ def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
             f"{path}: gives {recipe.output}, which are not quantized",
             "Leave out quantize:, or merge into a model first.",
         )
+    seen = set()
     for entry in recipe.quantize or []:
+        if (entry.to, entry.scheme.lower()) in seen:
+            raise PackError(
+                f"{path}: asks for {entry.to} {entry.scheme} twice", "Leave one of them out."
+            )
+        seen.add((entry.to, entry.scheme.lower()))
         if entry.to == "gguf" and (
             entry.format or entry.calibration or entry.calibrate is not None
         ):

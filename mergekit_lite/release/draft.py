@@ -10,6 +10,7 @@ from typing import Any
 
 from exporters.schemes import BUILT_IN
 from mergekit_lite.errors import PackError
+from mergekit_lite.recipe.schema import CalibrationSection
 from mergekit_lite.release.gather import Made
 from mergekit_lite.release.hub import HubPlan, hub_plan
 from mergekit_lite.release.licences.combine import Verdict, combine
@@ -161,8 +162,18 @@ def _entry(artifact: Any) -> dict[str, Any]:
     return found
 
 
-def _order(entry: Mapping[str, Any]) -> tuple[str, str]:
-    return str(entry.get("to", "gguf")), str(entry["scheme"]).lower()
+def _order(entry: Mapping[str, Any]) -> str:
+    """An entry with what it leaves out, so that equal ones are equal texts."""
+    target, scheme = str(entry.get("to", "gguf")), str(entry["scheme"]).lower()
+    calibrated = target != "gguf" and entry.get("calibrate") is not False
+    stated = entry.get("calibration")
+    section = CalibrationSection(**(stated or {})).model_dump() if calibrated else {}
+    section["text"] = Path(str(section.get("text") or "")).name
+    plain = (target, scheme) in (("int8", "w8a16"), ("bnb", "nf4"))
+    return json.dumps(
+        [target, scheme, entry.get("format"), calibrated and not plain, {} if plain else section],
+        sort_keys=True,
+    )
 
 
 def _template(recipe: Mapping[str, Any], home: Path) -> str | None:

@@ -213,6 +213,7 @@ def gather(dist: Path, name: str, folders: Collection[str] | None = None) -> Mad
             f"Made so far: {', '.join(others)}" if others else "Run pack merge first.",
         )
     found = [_artifact(path) for path in locks]
+    _check_apart(found)
     found.sort(key=lambda a: (a.kind not in _MAIN, a.folder.name))
     made = Made(name, found)
     if made.main.kind in _MAIN:
@@ -224,6 +225,24 @@ def gather(dist: Path, name: str, folders: Collection[str] | None = None) -> Mad
         made = Made(name, kept)
     later = _later_recipe(folder, made)
     return made if later is None else replace(made, stated=later)
+
+
+def _check_apart(found: Sequence[Artifact]) -> None:
+    """Check that no two results would have one place in a release.
+
+    Raises:
+        PackError: Two do.
+    """
+    places: dict[str, Artifact] = {}
+    for artifact in found:
+        if artifact.kind != "quantize" or (form := _form(artifact)) == "gguf":
+            continue
+        other = places.setdefault(form, artifact)
+        if other is not artifact:
+            raise PackError(
+                f"{artifact.folder} and {other.folder} are both {form}",
+                "Move one of them away: a release holds one of a kind.",
+            )
 
 
 def _is_of(evaluation: Artifact, made: Made) -> bool:

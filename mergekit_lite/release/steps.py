@@ -31,6 +31,7 @@ from exporters.targets import (
 from mergekit_lite.adapters.locate import open_adapter, open_model
 from mergekit_lite.checkpoint.locate import Source
 from mergekit_lite.errors import PackError
+from mergekit_lite.evaluate.forward import require_torch, set_threads
 from mergekit_lite.evaluate.text import find_text, read_text
 from mergekit_lite.merge.adapters import run_adapter_merge
 from mergekit_lite.merge.lock import LOCK_NAME, lock_inputs, stated_recipe
@@ -279,6 +280,9 @@ def linear_steps(
         PackError: A text is not there, or the model cannot be quantized so.
     """
     steps = []
+    if entries:
+        require_torch(f"to: {entries[0].to}")
+        set_threads(place.options.threads)
     for entry in entries:
         began = time.monotonic()
         wanted, calibration = wanted_of(entry, home, place.options.threads)
@@ -320,6 +324,11 @@ def wanted_of(entry: QuantizeEntry, home: Path, threads: int) -> tuple[Wanted, C
         entry.to, entry.scheme.lower(), entry.format, entry.calibrate is not False, threads=threads
     )
     check_wanted(wanted)
+    if entry.calibration is not None and not wanted.looks:
+        raise PackError(
+            f"{entry.to} {entry.scheme} does not run the model: calibration: has no effect",
+            "Leave it out.",
+        )
     return wanted, Calibration(path, section.context, section.windows, section.seed)
 
 

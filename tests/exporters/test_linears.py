@@ -491,6 +491,13 @@ WRONG: dict[str, tuple[tuple[object, ...], str]] = {
     "inputs that are NaN": (("gptq", "w4g32", "nan"), "NaN or infinity"),
     "no such bnb": (("bnb", "nf5", TRAINED), "no scheme of bnb"),
     "no such text": (("gptq", "w4g128", TRAINED, "--calibration", "gone.txt"), "there is no file"),
+    "text without effect": (
+        ("bnb", "nf4", TRAINED, "--calibration", "short.txt"), "runs the model",
+    ),
+    "order of a GGUF": (("gguf", "q8_0", TRAINED, "--act-order", "none"), "of GPTQ and AWQ"),
+    "few tokens": (
+        ("gptq", "w4g128", TRAINED, "--context", "8", "--windows", "4"), "too few to calibrate on",
+    ),
     "GGUF's option": (("gptq", "w4g128", TRAINED, "--pure"), "of GGUF, which is not made here"),
 }  # fmt: skip
 
@@ -532,6 +539,36 @@ def test_mistakes(case: str, pack: Pack, tmp_path: Path) -> None:
     assert all(name.startswith(".out.") for name in left)
 
 
+def test_continued_with_its_own_settings_alone(tmp_path: Path) -> None:
+    """What a stopped run left is not mixed with other settings, nor with a damaged layer."""
+    import shutil
+
+    tiny(tmp_path / "model", "llama")
+    options: dict[str, Any] = {"format": "compressed-tensors", "calibrated": False}
+    make(tmp_path / "model", tmp_path / "clean", "gptq", "w4g32", **options)
+    expected = (tmp_path / "clean" / "model.safetensors").read_bytes()
+    stopped = tmp_path / ".out.layers"
+    for damage in (False, True):
+        whole = open_whole(str(tmp_path / "model"))
+        wanted = Wanted("gptq", "w4g32", threads=2, **{**options, "calibrated": not damage})
+        request = plan_target(wanted, whole, windows(), tmp_path / "out", True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "exporters.linears.run._Run._write", lambda _self: (_ for _ in ()).throw(OSError)
+            )
+            with pytest.raises(OSError):  # noqa: PT011 (the one that is thrown)
+                run_linears(whole, request, SILENT)
+        whole.close()
+        assert len(list(stopped.glob("layer-*.safetensors"))) == 2
+        if damage:
+            layer = stopped / "layer-00001.safetensors"
+            layer.write_bytes(layer.read_bytes()[:-9])
+        make(tmp_path / "model", tmp_path / "out", "gptq", "w4g32", **options)
+        assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+        assert not stopped.exists()
+        shutil.rmtree(tmp_path / "out")
+
+
 def broken(stored: dict[str, Any], how: str) -> dict[str, Any]:
     """A quantized file whose parts do not fit one another."""
     module = "model.layers.0.mlp.up_proj"
@@ -543,10 +580,14 @@ def broken(stored: dict[str, Any], how: str) -> dict[str, Any]:
         stored[f"{module}.qzeros"] = stored[f"{module}.qzeros"][:, :-1].clone()
     elif how == "scales":
         stored[f"{module}.scales"] = stored[f"{module}.scales"][:0].clone()
+    elif how == "types":
+        stored[f"{module}.qweight"] = stored[f"{module}.qweight"].float()
+    elif how == "missing":
+        del stored[f"{module}.scales"]
     return stored
 
 
-@pytest.mark.parametrize("how", ["words", "groups", "zeros", "scales"])
+@pytest.mark.parametrize("how", ["words", "groups", "zeros", "scales", "types", "missing"])
 def test_broken_files(how: str, pack: Pack, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

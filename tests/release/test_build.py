@@ -276,6 +276,21 @@ def test_formats_for_gpus(pack: Pack, home: Path) -> None:
     assert "was released with other content" in ran.err
 
 
+def test_entries_that_do_not_go_together(pack: Pack, home: Path) -> None:
+    for quantize, told in (
+        ([{"to": "gptq", "scheme": "w4g128"}, {"to": "gptq", "scheme": "W4G128"}], "twice"),
+        ([{"scheme": "q8_0", "calibration": {"windows": 4}}], "not for GGUF"),
+        ([{"to": "bnb", "scheme": "nf4", "calibration": {"windows": 4}}], "has no effect"),
+        ([{"to": "gptq", "scheme": "w4g128", "calibration": {"text": "gone"}}], "no such text"),
+        ([{"to": "awq", "scheme": "w4g128", "calibrate": False}], "looking at activations"),
+    ):
+        _edit(home, quantize=quantize)
+        ran = pack("build", "r.yaml", cwd=home)
+        assert ran.code == 1
+        assert told in ran.err
+        assert not (home / "dist").exists()
+
+
 def test_what_was_changed_by_hand(pack: Pack, home: Path) -> None:
     """A result whose bytes changed is made again; a release is not kept, and told."""
     _edit(home, quantize=None)
