@@ -143,10 +143,10 @@ def test_broken_small_files_are_noted(pack: Callable, tmp_path: Path, front: str
 
 
 def test_quantized_weights_are_no_parameters(pack: Callable, tmp_path: Path) -> None:
-    config = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
+    config = {"quantization_config": {"quant_method": "hqq", "bits": 4, "group_size": 128}}
     folder = write_model(tmp_path / "m", {"x.qweight": torch.ones(2, dtype=torch.int32)}, config)
     seen = _seen(pack, folder)
-    assert seen["quantized"] == "gptq, 4 bits, groups of 128"
+    assert seen["quantized"] == "hqq, 4 bits, groups of 128"
     assert any("packed" in note for note in seen["notes"])
 
 
