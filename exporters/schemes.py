@@ -1,8 +1,17 @@
-"""Formats whose linear layers are quantized, and their usual schemes; imports nothing."""
+"""Formats whose linear layers are quantized, and their usual schemes; imports nothing large."""
 
 from __future__ import annotations
 
-__all__ = ["BUILT_IN", "FORMATS", "SCHEMES", "TARGETS"]
+from typing import Literal
+
+__all__ = ["BUILT_IN", "FORMATS", "ORDERS", "SCHEMES", "TARGETS", "WEIGHTS_ALONE", "Order"]
+
+Order = Literal["static", "groups", "columns", "none"]
+ORDERS: tuple[Order, ...] = ("static", "groups", "columns", "none")
+"""In which order GPTQ rounds columns; see `exporters.gptq.solve.Settings`."""
+
+WEIGHTS_ALONE = frozenset({("int8", "w8a16"), ("bnb", "nf4")})
+"""Targets with schemes for which a model is never run."""
 
 BUILT_IN = "built-in text"
 """Name of the text that comes along, in locks."""

@@ -12,10 +12,10 @@ from exporters.gptq.solve import Settings
 from exporters.linears.folding import FoldingRounder
 from exporters.linears.layouts import AwqLayout, CompressedLayout, GptqLayout, Layout
 from exporters.linears.quantized import Grid
-from exporters.linears.rounder import PlainRounder, Rounder, WeightRounder
+from exporters.linears.rounder import FEWEST_TOKENS, PlainRounder, Rounder, WeightRounder
 from exporters.linears.run import Request
 from exporters.linears.scheme import Scheme, parse_scheme
-from exporters.schemes import BUILT_IN, SCHEMES, TARGETS
+from exporters.schemes import BUILT_IN, SCHEMES, TARGETS, WEIGHTS_ALONE
 from mergekit_lite.checkpoint.gguf import GgufCheckpoint
 from mergekit_lite.errors import PackError, nearest
 from mergekit_lite.evaluate.text import Windows, cut, read_text, tokenizer_of
@@ -24,9 +24,6 @@ from mergekit_lite.merge.model import WholeModel
 __all__ = [
     "Calibration", "Wanted", "check_wanted", "cut_for", "describe_asked", "plan_target",
 ]  # fmt: skip
-
-
-_FEWEST = 128
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Wanted:
     """How a target is made.
 
     Attributes:
-        target: ``gptq``, ``awq`` or ``int8``.
+        target: ``gptq``, ``awq``, ``int8`` or ``bnb``.
         scheme: See `SCHEMES`.
         format: How it lies in files; None for the target's own.
         calibrated: Whether it looks at activations.
@@ -67,7 +64,7 @@ class Wanted:
     format: str | None = None
     calibrated: bool = True
     nearest: bool = False
-    settings: Settings = field(default_factory=lambda: Settings("static"))
+    settings: Settings = field(default_factory=Settings)
     threads: int = 1
     device: str = "cpu"
     dtype: str = "float32"
@@ -75,8 +72,7 @@ class Wanted:
     @property
     def looks(self) -> bool:
         """Whether the model is run on text."""
-        plain = ("int8", "w8a16"), ("bnb", "nf4")
-        return self.calibrated and (self.target, self.scheme.lower()) not in plain
+        return self.calibrated and (self.target, self.scheme.lower()) not in WEIGHTS_ALONE
 
 
 def check_wanted(wanted: Wanted) -> None:
@@ -138,13 +134,13 @@ def plan_target(
 def asked_of(wanted: Wanted, windows: Windows | None) -> dict[str, Any]:
     """What was asked for, as an entry of a recipe, with the digest of the text."""
     if windows is None or not wanted.looks:
-        return describe_asked(wanted, None, None, 0)
+        return describe_asked(wanted, None, None, None)
     setting = Calibration(None, windows.context, windows.asked or len(windows.ids), windows.seed)
     return describe_asked(wanted, setting, windows.text.name, windows.text.sha256)
 
 
 def describe_asked(
-    wanted: Wanted, calibration: Calibration | None, text: str | None, sha256: str | int
+    wanted: Wanted, calibration: Calibration | None, text: str | None, sha256: str | None
 ) -> dict[str, Any]:
     """The same from its parts.
 
@@ -259,10 +255,11 @@ def cut_for(model: WholeModel, calibration: Calibration) -> Windows:
             calibration.seed,
         )  # fmt: skip
     count = len(found.ids) * found.context
-    if count < _FEWEST:
+    if count < FEWEST_TOKENS:
         raise PackError(
             f"{found.text.name}: {count} tokens are too few to calibrate on",
-            f"Give at least {_FEWEST}, better ten thousand: --windows, --context, a longer text.",
+            f"Give at least {FEWEST_TOKENS}, better ten thousand: --windows, --context, longer "
+            "text.",
         )
     if calibration.path is None:
         return replace(found, text=replace(found.text, name=BUILT_IN))

@@ -11,16 +11,13 @@ import numpy as np
 
 from exporters.gptq.solve import Settings, solve
 from exporters.linears.gram import Inputs, Stage, gather, stages_of, stepwise
-from exporters.linears.matrices import Matrix
+from exporters.linears.matrices import Matrix, by_place
 from exporters.linears.quantized import Grid, Quantized, rounded
-from exporters.linears.rounder import LayerResult, Stored, check_finite
+from exporters.linears.rounder import FEWEST_TOKENS, LayerResult, Stored, check_finite
 from mergekit_lite.evaluate.forward import ACTIVATIONS, LayerRun
 from mergekit_lite.evaluate.inputs import Place
 
 __all__ = ["GptqRounder"]
-
-_FEWEST = 128
-"""Tokens below which inputs tell too little of an expert."""
 
 
 class GptqRounder:
@@ -72,11 +69,9 @@ class GptqRounder:
     ) -> LayerResult:
         """See `Rounder`."""
         result = LayerResult()
-        by_place: dict[Place, list[Matrix]] = {}
-        for matrix in matrices:
-            by_place.setdefault(matrix.place, []).append(matrix)
-        columns = {place: held[0].shape[1] for place, held in by_place.items()}
-        known = tuple(by_place)
+        placed = by_place(matrices)
+        columns = {place: held[0].shape[1] for place, held in placed.items()}
+        known = tuple(placed)
         if self._stages[0] != known:  # layers of one kind get their inputs in one order
             self._stages = known, stages_of(layer, run, known)
         stages = self._stages[1]
@@ -84,7 +79,7 @@ class GptqRounder:
 
         def settle(stage: Stage, leader: Place, seen: Inputs) -> None:
             places = [place for place, first in stage.items() if first == leader]
-            group = [matrix for place in places for matrix in by_place[place]]
+            group = [matrix for place in places for matrix in placed[place]]
             few.extend(self._group(layer, group, seen, result))
 
         wide = max(columns.values(), default=0) + 2 * min(columns.values(), default=0)
@@ -98,8 +93,8 @@ class GptqRounder:
                     settle(stage, leader, seen)
         if few:
             result.notes.append(
-                f"layer {index}: {len(few)} matrices got fewer than {_FEWEST} tokens and were "
-                f"rounded plainly: {', '.join(few[:3])}{' …' if len(few) > 3 else ''}"
+                f"layer {index}: {len(few)} matrices got fewer than {FEWEST_TOKENS} tokens and "
+                f"were rounded plainly: {', '.join(few[:3])}{' …' if len(few) > 3 else ''}"
             )
         return result
 
@@ -125,7 +120,7 @@ class GptqRounder:
         def laid() -> Any:
             return torch.cat([matrix.of(layer).float().T for matrix in group], 1).contiguous()
 
-        enough = seen.tokens >= _FEWEST
+        enough = seen.tokens >= FEWEST_TOKENS
         if enough:
             every = solve(
                 laid, seen.take, self._grid, self._settings, self._threads, group[0].tensor

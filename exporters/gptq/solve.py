@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from exporters.linears.quantized import STEPS, Grid, Quantized, in_slices, rounded
+from exporters.schemes import Order
 from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import PackError
 from mergekit_lite.kernels import grid
 
-__all__ = ["ORDERS", "Order", "Settings", "solve"]
+__all__ = ["Settings", "solve"]
 
-Order = Literal["groups", "static", "columns", "none"]
-ORDERS: tuple[Order, ...] = ("groups", "static", "columns", "none")
 _BLOCK = 128
 _HARDER = 10
 
@@ -40,7 +39,7 @@ class Settings:
         damping: Added to the diagonal of the Gram matrix, as a share of its mean.
     """
 
-    order: Order = "groups"
+    order: Order = "static"
     damping: float = 0.01
 
 

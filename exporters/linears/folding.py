@@ -23,16 +23,15 @@ from exporters.linears.fold import (
     find_folds,
 )
 from exporters.linears.gram import Inputs, Stage, gather, stages_of
-from exporters.linears.matrices import Matrix
+from exporters.linears.matrices import Matrix, by_place
 from exporters.linears.quantized import Grid, rounded
-from exporters.linears.rounder import LayerResult, Rounder, Stored, check_finite
+from exporters.linears.rounder import FEWEST_TOKENS, LayerResult, Rounder, Stored, check_finite
 from mergekit_lite.errors import PackError
 from mergekit_lite.evaluate.forward import LayerRun
 from mergekit_lite.evaluate.inputs import Place
 
 __all__ = ["FoldingRounder", "Scaling", "Seen"]
 
-_FEWEST = 128
 _SAME = 1e-2
 
 
@@ -105,12 +104,11 @@ class FoldingRounder:
     ) -> LayerResult:
         """See `Rounder`."""
         result = LayerResult()
-        by_place: dict[Place, list[Matrix]] = {}
         for matrix in matrices:
             check_finite(matrix, matrix.of(layer).float().cpu().numpy())
-            by_place.setdefault(matrix.place, []).append(matrix)
-        stages, folds = self._shape(index, layer, run, matrices, by_place, result)
-        columns = {place: held[0].shape[1] for place, held in by_place.items()}
+        placed = by_place(matrices)
+        stages, folds = self._shape(index, layer, run, matrices, tuple(placed), result)
+        columns = {place: held[0].shape[1] for place, held in placed.items()}
         inputs = gather(layer, run, stages, [], columns, self._device)
         leaders = {place: leader for stage in stages for place, leader in stage.items()}
         before = run.sample()
@@ -132,9 +130,9 @@ class FoldingRounder:
             result.quantized |= more.quantized
             result.notes += more.notes
             return result
-        for place, held in by_place.items():
+        for place, held in placed.items():
             weight = importance[place].float().cpu().numpy()
-            enough = inputs[leaders[place]].tokens >= _FEWEST
+            enough = inputs[leaders[place]].tokens >= FEWEST_TOKENS
             for matrix in held:
                 self._round(layer, matrix, weight if enough and weight.max() > 0 else None, result)
         return result
@@ -145,15 +143,14 @@ class FoldingRounder:
         layer: Any,
         run: LayerRun,
         matrices: Sequence[Matrix],
-        by_place: Mapping[Place, Sequence[Matrix]],
+        places: tuple[Place, ...],
         result: LayerResult,
     ) -> tuple[list[Stage], list[Fold]]:
         """Stages and folds; those of layers of one kind are alike, and found once."""
-        key = tuple(by_place)
-        if key not in self._known:
-            stages = stages_of(layer, run, key)
+        if places not in self._known:
+            stages = stages_of(layer, run, places)
             folds = find_folds(layer, run, stages, self._scaling.norms_only)
-            self._known[key] = stages, folds
+            self._known[places] = stages, folds
             if not folds:
                 raise PackError(
                     f"layer {index}: neither a norm nor a linear layer takes the scales of any of "
@@ -166,7 +163,7 @@ class FoldingRounder:
                 result.notes.append(
                     f"nothing before {', '.join(left)} takes scales; they are rounded as they are"
                 )
-        return self._known[key]
+        return self._known[places]
 
     def _scale(
         self,
@@ -183,7 +180,7 @@ class FoldingRounder:
         known = [place for place in leaders if _reads(fold, place)]
         seen = {leaders[place] for place in known}
         tokens = sum(inputs[leader].tokens for leader in seen)
-        if tokens < _FEWEST:
+        if tokens < FEWEST_TOKENS:
             return
         gram = sum(inputs[leader].whole() for leader in seen) / tokens
         sizes = sum(inputs[leader].sizes for leader in seen) / tokens

@@ -16,7 +16,7 @@ from mergekit_lite.checkpoint.protocol import Checkpoint
 from mergekit_lite.errors import PackError
 from mergekit_lite.evaluate.inputs import Place
 
-__all__ = ["Found", "Matrix", "check_fits", "find_matrices"]
+__all__ = ["Found", "Matrix", "by_place", "check_fits", "find_matrices"]
 
 _ROUTERS = ("gate", "router", "shared_expert_gate", "router_gate")
 _CONV = "Conv1D"
@@ -136,6 +136,14 @@ def _candidates(layer: Any) -> Iterator[tuple[str, Any, bool]]:
     for name, parameter in layer.named_parameters():
         if parameter.ndim == 3:
             yield name, parameter, False
+
+
+def by_place(matrices: Sequence[Matrix]) -> dict[Place, list[Matrix]]:
+    """Matrices of a layer by where their inputs are seen."""
+    found: dict[Place, list[Matrix]] = {}
+    for matrix in matrices:
+        found.setdefault(matrix.place, []).append(matrix)
+    return found
 
 
 def check_fits(found: Found, scheme: Scheme, label: str) -> None:

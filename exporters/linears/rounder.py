@@ -18,8 +18,12 @@ from mergekit_lite.errors import PackError
 from mergekit_lite.evaluate.forward import LayerRun
 
 __all__ = [
-    "LayerResult", "PlainRounder", "Rounder", "Stored", "WeightRounder", "check_finite",
+    "FEWEST_TOKENS", "LayerResult", "PlainRounder", "Rounder", "Stored", "WeightRounder",
+    "check_finite",
 ]  # fmt: skip
+
+FEWEST_TOKENS = 128
+"""Below so many, inputs tell too little of what matters."""
 
 Stored = Callable[[str, Any], Any]
 """A parameter of a layer, by its path below it, after it has been in the file of the result."""

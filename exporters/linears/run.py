@@ -310,12 +310,11 @@ class _Run:
         for shard in todo:
             for name, entry in shard.header.entries.items():
                 source: Checkpoint = where.get(name, self._model.checkpoint)
-                nonfinite = 0
                 at = 0
                 for values in _pieces(source, name, entry.dtype):
                     self._writer.write(name, at, values)
                     at += values.nbytes
-                self._writer.tensor_done(name, nonfinite)
+                self._writer.tensor_done(name, 0)
                 self._progress.advance(entry.end - entry.start)
 
     def _publish(self, began: float) -> MadeLinears:

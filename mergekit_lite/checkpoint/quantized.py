@@ -324,7 +324,6 @@ class _Gptq(_Form):
         self._bits = _whole(settings, "bits", (2, 3, 4, 8))
         # Version 1 stores zero points less one.
         self._less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
-        self._size = settings.get("group_size")
 
     def shape(self, stored: Checkpoint, module: str) -> tuple[int, int]:
         words = stored.spec(f"{module}.qweight").shape

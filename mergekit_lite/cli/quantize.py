@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from exporters.schemes import FORMATS, ORDERS, TARGETS
 from mergekit_lite.cli.options import SIZE, TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from exporters.gguf.mixtures import Overrides
+    from exporters.schemes import Order
 
 __all__ = ["command"]
 
-_FORMATS = ("gguf", "gptq", "awq", "int8", "bnb")
+_FORMATS = ("gguf", *TARGETS)
 _COMMON = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q3_k_m", "iq4_xs", "q4_0", "bf16", "f16",
            "w4g128", "w3g128", "w8a16", "w8a8", "nf4")  # fmt: skip
-_ORDERS = ("static", "groups", "columns", "none")
 
 
 class _Target(click.Tuple):
@@ -76,11 +77,11 @@ class _Target(click.Tuple):
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of windows.")
 @click.option(
-    "--format", "form", type=click.Choice(["gptq", "awq", "compressed-tensors"]),
+    "--format", "form", type=click.Choice(FORMATS),
     help="How GPTQ and AWQ are written.  [default: each in its own]",
 )  # fmt: skip
 @click.option(
-    "--act-order", type=click.Choice(_ORDERS), default="static", show_default=True,
+    "--act-order", type=click.Choice(ORDERS), default="static", show_default=True,
     help="GPTQ: which columns are rounded first. static: those with most activation, scales found "
     "before; groups: group by group; columns: groups are formed in that order (desc_act).",
 )  # fmt: skip
@@ -130,7 +131,7 @@ def command(
     windows: int | None,
     seed: int,
     form: str | None,
-    act_order: Literal["static", "groups", "columns", "none"],
+    act_order: Order,
     damping: float,
     nearest: bool,
     device: str,

@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from exporters.schemes import WEIGHTS_ALONE
 from mergekit_lite.cli.imatrix import CONTEXT, WINDOWS
 from mergekit_lite.cli.options import human_bytes
 from mergekit_lite.cli.progress import make_progress
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from exporters.gguf.mixtures import Overrides
     from exporters.gguf.run import Made
     from exporters.linears.run import MadeLinears
+    from exporters.schemes import Order
     from mergekit_lite.dtypes import Array
 
 __all__ = ["Quantizing"]
@@ -102,7 +104,7 @@ class Quantizing:
     @property
     def looks(self) -> bool:
         """Whether something is made by running the model."""
-        return any(pair not in (("int8", "w8a16"), ("bnb", "nf4")) for pair in self.others)
+        return any(pair not in WEIGHTS_ALONE for pair in self.others)
 
     def _folder(self, stem: str, last: str) -> Path:
         if self.output is None:
@@ -114,7 +116,7 @@ class Quantizing:
         form: str | None,
         calibrated: bool,
         nearest: bool,
-        order: Literal["static", "groups", "columns", "none"],
+        order: Order,
         damping: float,
         dtype: str,
     ) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporters.schemes import BUILT_IN
+from exporters.schemes import BUILT_IN, WEIGHTS_ALONE
 from mergekit_lite.errors import PackError
 from mergekit_lite.recipe.schema import CalibrationSection
 from mergekit_lite.release.gather import Made
@@ -169,7 +169,7 @@ def _order(entry: Mapping[str, Any]) -> str:
     stated = entry.get("calibration")
     section = CalibrationSection(**(stated or {})).model_dump() if calibrated else {}
     section["text"] = Path(str(section.get("text") or "")).name
-    plain = (target, scheme) in (("int8", "w8a16"), ("bnb", "nf4"))
+    plain = (target, scheme) in WEIGHTS_ALONE
     return json.dumps(
         [target, scheme, entry.get("format"), calibrated and not plain, {} if plain else section],
         sort_keys=True,
