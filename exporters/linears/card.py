@@ -13,7 +13,7 @@ from mergekit_lite.checkpoint.card import read_card
 from mergekit_lite.merge.model import WholeModel
 from mergekit_lite.resources import resource_folder
 
-__all__ = ["quantized_card"]
+__all__ = ["front_matter", "quantized_card", "render_page"]
 
 _TEMPLATE = "quantized.md.jinja"
 
@@ -40,7 +40,32 @@ def quantized_card(
         details: How it was computed.
         notes: What the user should know.
     """
-    head: dict[str, Any] = {"library_name": "transformers", "tags": [target, "quantized"]}
+    text = render_page(
+        _TEMPLATE,
+        front_matter(model, "transformers", [target, "quantized"]),
+        name=model.name,
+        target=target,
+        scheme=scheme,
+        model=model.name,
+        matrices=matrices,
+        bits=f"{bits:.2f}",
+        layout=layout,
+        method=_method(details),
+        calibration=details.get("calibration"),
+        notes=list(notes),
+    )
+    return text.encode()
+
+
+def front_matter(model: WholeModel, library: str, tags: Sequence[str]) -> dict[str, Any]:
+    """What the Hub reads at the top of a page.
+
+    Args:
+        model: What was quantized.
+        library: That loads it.
+        tags: Of the page.
+    """
+    head: dict[str, Any] = {"library_name": library, "tags": list(tags)}
     bases = [source.reference for source in model.sources if source.revision is not None]
     if len(model.sources) == 1:
         stated = read_card(model.sources[0].checkpoint.folder).data
@@ -49,6 +74,17 @@ def quantized_card(
                 head[key] = stated[key]
     if bases:
         head |= {"base_model": bases, "base_model_relation": "quantized"}
+    return head
+
+
+def render_page(template: str, head: Mapping[str, Any], **values: Any) -> str:
+    """Fill a template of a page.
+
+    Args:
+        template: Its name.
+        head: See `front_matter`.
+        values: What it shows.
+    """
     environment = jinja2.Environment(  # noqa: S701 (Markdown, not HTML)
         loader=jinja2.FileSystemLoader(resource_folder("templates")),
         trim_blocks=True,
@@ -56,21 +92,11 @@ def quantized_card(
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    text = environment.get_template(_TEMPLATE).render(
-        front_matter=yaml.safe_dump(head, sort_keys=True, allow_unicode=True),
-        name=model.name,
-        target=target,
-        scheme=scheme,
-        model=model.name,
-        matrices=matrices,
-        bits=f"{bits:.2f}",
-        layout=layout,
+    return environment.get_template(template).render(
+        front_matter=yaml.safe_dump(dict(head), sort_keys=True, allow_unicode=True),
         version=mergekit_lite.__version__,
-        method=_method(details),
-        calibration=details.get("calibration"),
-        notes=list(notes),
+        **values,
     )
-    return text.encode()
 
 
 def _method(details: Mapping[str, Any]) -> str:

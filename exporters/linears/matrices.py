@@ -16,7 +16,7 @@ from mergekit_lite.checkpoint.protocol import Checkpoint
 from mergekit_lite.errors import PackError
 from mergekit_lite.evaluate.inputs import Place
 
-__all__ = ["Found", "Matrix", "by_place", "check_fits", "find_matrices"]
+__all__ = ["Found", "Matrix", "by_place", "check_fits", "find_matrices", "is_router"]
 
 _ROUTERS = ("gate", "router", "shared_expert_gate", "router_gate")
 _CONV = "Conv1D"
@@ -101,7 +101,7 @@ def find_matrices(checkpoint: Checkpoint, model: Any, paths: Sequence[str]) -> F
             full = f"{path}.{parameter}"
             places = names.find(full)
             module = parameter.removesuffix(".weight")
-            if module.rpartition(".")[2] in _ROUTERS:
+            if is_router(module):
                 left.append(full.removesuffix(".weight"))
                 continue
             split = [p for p in places if p.tensor.endswith(".weight")]
@@ -123,6 +123,11 @@ def find_matrices(checkpoint: Checkpoint, model: Any, paths: Sequence[str]) -> F
             "Models of this kind can be quantized with --to gguf.",
         )
     return Found(found, left, notes)
+
+
+def is_router(module: str) -> bool:
+    """Whether a module, by its path, chooses experts."""
+    return module.rpartition(".")[2] in _ROUTERS
 
 
 def _candidates(layer: Any) -> Iterator[tuple[str, Any, bool]]:

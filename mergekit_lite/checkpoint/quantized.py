@@ -243,6 +243,20 @@ class QuantizedCheckpoint(Checkpoint):
         load = lambda: self._form.load(self._stored, module)  # noqa: E731
         return _Reader(self._specs[name], load, name in self._turned)
 
+    def grid(self, name: str) -> tuple[Array, Array, Array, Array] | None:
+        """Codes, scales, zero points and the group of each input, of a matrix on a grid.
+
+        Returns:
+            ``(in, out)``, ``(groups, out)`` twice and ``(in,)``, whichever way the model stores the
+            matrix; None for a tensor that is stored as it is, or whose codes are no grid.
+        """
+        if name not in self._modules:
+            return None
+        held = self._form.load(self._stored, self._modules[name])
+        return None if held.table is not None else (
+            held.codes, held.scales, held.zeros, held.group_of
+        )  # fmt: skip
+
     def prefetch(self, name: str) -> None:
         """Ask for the bytes of a tensor that is stored as it is."""
         if name not in self._modules:

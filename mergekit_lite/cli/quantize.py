@@ -11,6 +11,8 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from exporters.onnx.schemes import BLOCKS, ROUTES
+from exporters.onnx.schemes import SCHEMES as ONNX_SCHEMES
 from exporters.schemes import FORMATS, ORDERS, TARGETS
 from mergekit_lite.cli.options import SIZE, TEXT
 
@@ -18,13 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from exporters.gguf.mixtures import Overrides
+    from exporters.onnx.schemes import Route
     from exporters.schemes import Order
 
 __all__ = ["command"]
 
-_FORMATS = ("gguf", *TARGETS)
+_FORMATS = ("gguf", *TARGETS, "onnx")
 _COMMON = ("q4_k_m", "q5_k_m", "q6_k", "q8_0", "q3_k_m", "iq4_xs", "q4_0", "bf16", "f16",
-           "w4g128", "w3g128", "w8a16", "w8a8", "nf4")  # fmt: skip
+           "w4g128", "w3g128", "w8a16", "w8a8", "nf4", *ONNX_SCHEMES)  # fmt: skip
 
 
 class _Target(click.Tuple):
@@ -61,7 +64,8 @@ class _Target(click.Tuple):
     "--calibration", type=TEXT, metavar="FILE",
     help="Text, or JSON lines or Parquet with text or messages, that the model is run on; of the "
     "Hub: hf://datasets/ORG/NAME/FILE. GGUF weighs columns "
-    "by it; GPTQ and AWQ need one.  [default for GPTQ and AWQ: a small one that comes along]",
+    "by it; GPTQ and AWQ need one; with one, int4 of ONNX is rounded as GPTQ rounds.  [default for "
+    "GPTQ and AWQ: a small one that comes along]",
 )  # fmt: skip
 @click.option(
     "--no-calibration", is_flag=True,
@@ -92,6 +96,16 @@ class _Target(click.Tuple):
 @click.option(
     "--nearest", is_flag=True, help="AWQ, w8a8: round to the nearest code, as in their papers."
 )
+@click.option(
+    "--graph", "route", type=click.Choice(ROUTES), default="auto", show_default=True,
+    help="ONNX: who makes the graph: onnxruntime-genai's builder, torch.onnx, or the first for the "
+    "decoders that it makes right and the second for the rest.",
+)  # fmt: skip
+@click.option(
+    "--block", type=click.Choice([str(b) for b in BLOCKS]), default=str(BLOCKS[0]),
+    show_default=True, help="ONNX: weights that share a scale, of int4.",
+)  # fmt: skip
+@click.option("--asymmetric", is_flag=True, help="ONNX: int4 with zero points.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
@@ -134,6 +148,9 @@ def command(
     act_order: Order,
     damping: float,
     nearest: bool,
+    route: Route,
+    block: str,
+    asymmetric: bool,
     device: str,
     dtype: str,
     patterns: tuple[str, ...],
@@ -157,6 +174,7 @@ def command(
     pack quantize --to gguf q4_k_m recipe.yaml     (merged while it is quantized)
     pack quantize --to gptq w4g128 --calibration text.txt my-model
     pack quantize --to awq w4g128 my-model
+    pack quantize --to onnx int4 my-model
 
     Nothing is written between the model and the result, and nothing has to be compiled. GPTQ, AWQ
     and int8 run the model one decoder layer at a time; a run that was stopped continues at the
@@ -198,16 +216,29 @@ def command(
     source = click.get_current_context().get_parameter_source
     given = {
         f"--{name.replace('_', '-')}": source(name) is not ParameterSource.DEFAULT
-        for name in ("act_order", "damping", "dtype", "context", "windows", "seed", "calibration")
-    }
-    if not job.others:
-        _refuse_unused(
-            "GPTQ and AWQ", {k: given[k] for k in ("--act-order", "--damping", "--dtype")}
+        for name in (
+            "act_order",
+            "damping",
+            "dtype",
+            "context",
+            "windows",
+            "seed",
+            "calibration",
+            "block",
+            "asymmetric",
         )
-    elif not job.looks and not job.ggufs:
-        _refuse_unused("what runs the model", given)
+    } | {"--graph": source("route") is not ParameterSource.DEFAULT}
+    if not job.others:
+        _refuse_unused("GPTQ and AWQ", {k: given[k] for k in ("--act-order", "--damping")})
+    if not job.looks and not job.ggufs:
+        usual = ("--act-order", "--damping", "--dtype", "--context", "--windows", "--seed",
+                 "--calibration")  # fmt: skip
+        _refuse_unused("what runs the model", {k: given[k] for k in usual})
     overrides = _overrides(patterns, output_type, embedding_type, pure)
+    if not job.onnxes:
+        _refuse_unused("ONNX", {k: given[k] for k in ("--graph", "--block", "--asymmetric")})
     job.make_linears(form, not no_calibration, nearest, act_order, damping, dtype)
+    job.make_onnxes(int(block), not asymmetric, route, dtype)
     job.make_ggufs(imatrix, overrides, split_max_size, memory, verify)
     if as_json:
         click.echo(json.dumps(job.described))
@@ -265,6 +296,9 @@ def _list() -> None:
         click.echo(f"--to {target} …")
         for name, summary in schemes.items():
             click.echo(f"  {name:<12} {summary}")
+    click.echo("--to onnx …")
+    for scheme in ONNX_SCHEMES.values():
+        click.echo(f"  {scheme.name:<12} {scheme.summary}")
 
 
 def _refuse_unused(what: str, given: Mapping[str, object]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporters.schemes import WEIGHTS_ALONE
+from exporters.schemes import TARGETS, WEIGHTS_ALONE
 from mergekit_lite.cli.imatrix import CONTEXT, WINDOWS
 from mergekit_lite.cli.options import human_bytes
 from mergekit_lite.cli.progress import make_progress
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from exporters.gguf.mixtures import Overrides
     from exporters.gguf.run import Made
     from exporters.linears.run import MadeLinears
+    from exporters.onnx.run import MadeOnnx
+    from exporters.onnx.schemes import Route
     from exporters.schemes import Order
     from mergekit_lite.dtypes import Array
 
@@ -99,12 +101,18 @@ class Quantizing:
     @property
     def others(self) -> list[tuple[str, str]]:
         """Formats whose linear layers alone are quantized, with their schemes."""
-        return [pair for pair in self.targets if pair[0] != "gguf"]
+        return [pair for pair in self.targets if pair[0] in TARGETS]
+
+    @property
+    def onnxes(self) -> list[str]:
+        """Schemes of ONNX."""
+        return [scheme for target, scheme in self.targets if target == "onnx"]
 
     @property
     def looks(self) -> bool:
         """Whether something is made by running the model."""
-        return any(pair not in WEIGHTS_ALONE for pair in self.others)
+        calibrated = self.text is not None and any(s.startswith("int4") for s in self.onnxes)
+        return calibrated or any(pair not in WEIGHTS_ALONE for pair in self.others)
 
     def _folder(self, stem: str, last: str) -> Path:
         if self.output is None:
@@ -155,6 +163,43 @@ class Quantizing:
                 with make_progress(self.quiet) as progress:
                     request = plan_target(wanted, whole, windows, folder, self.force)
                     self._add_linears(run_linears(whole, request, progress))
+        finally:
+            whole.close()
+
+    def make_onnxes(self, block: int, symmetric: bool, route: Route, dtype: str) -> None:
+        """Make ONNX files, one after the other."""
+        if not self.onnxes:
+            return
+        from exporters.onnx.schemes import find_scheme
+        from exporters.onnx.session import require_onnxruntime
+        from mergekit_lite.merge.model import open_whole
+        from mergekit_lite.merge.writer import refuse_existing
+
+        schemes = [find_scheme(word) for word in self.onnxes]
+        require_onnxruntime("--to onnx")
+        from exporters.onnx.job import OnnxJob, check_block, run_job
+        from exporters.targets import Calibration
+        from mergekit_lite.evaluate.forward import set_threads
+
+        set_threads(self.threads)
+        text = None
+        if self.text is not None:
+            text = Calibration(self.text, self.context or 512, self.windows or WINDOWS, self.seed)
+        check_block(block)
+        whole = open_whole(self.model)
+        try:
+            stem = self.name or whole.name
+            folders = [self._folder(stem, f"onnx-{scheme.name}") for scheme in schemes]
+            for folder in folders:
+                refuse_existing(folder, self.force)
+            for scheme, folder in zip(schemes, folders, strict=True):
+                calibration = text if scheme.bits == 4 else None
+                with make_progress(self.quiet) as progress:
+                    job = OnnxJob(
+                        scheme, folder, calibration, block, symmetric, route, self.threads,
+                        self.force, self.device, dtype,
+                    )  # fmt: skip
+                    self._add_onnx(run_job(whole, job, progress))
         finally:
             whole.close()
 
@@ -226,6 +271,27 @@ class Quantizing:
             "outputs": _outputs(made),
         })  # fmt: skip
 
+    def _add_onnx(self, made: MadeOnnx) -> None:
+        size = sum(output.size for output in made.outputs)
+        self.lines.append(_Line(
+            f"{human_bytes(size)}, {made.bits:.2f} bits per weight, graph by {made.route}, in "
+            f"{made.seconds:.1f} s"
+        ))  # fmt: skip
+        self.lines.append(_Line(made.checked.line()))
+        self.lines.append(_Line(f"→ {made.folder}"))
+        self.described.append({
+            "folder": str(made.folder),
+            "seconds": round(made.seconds, 3),
+            "bits_per_weight": round(made.bits, 3),
+            "graph": made.route,
+            "verification": {
+                **made.checked.describe(),
+                "tokens_per_second": round(made.checked.tokens_per_second, 1),
+            },
+            "notes": list(made.notes),
+            "outputs": _outputs(made),
+        })  # fmt: skip
+
     def _add_gguf(self, made: Made) -> None:
         size = sum(output.size for output in made.outputs)
         types = ", ".join(f"{count} {name}" for name, count in made.types.items())
@@ -251,5 +317,5 @@ class Quantizing:
         })  # fmt: skip
 
 
-def _outputs(made: Made | MadeLinears) -> list[dict[str, Any]]:
+def _outputs(made: Made | MadeLinears | MadeOnnx) -> list[dict[str, Any]]:
     return [{"path": o.path, "bytes": o.size, "sha256": o.sha256} for o in made.outputs]

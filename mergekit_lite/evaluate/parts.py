@@ -83,6 +83,17 @@ class Parts:
             found[name] = torch.from_numpy(values).to(dtype)
         return found
 
+    def parameter(self, path: str) -> Any:
+        """One parameter or stored buffer, float32, wherever the model holds it now.
+
+        Raises:
+            PackError: The checkpoint has none of that name, or one of another shape.
+        """
+        import torch
+
+        owner, name = _owner(self.model, path)
+        return torch.from_numpy(self._values(path, tuple(getattr(owner, name).shape)))
+
     def fill(self, path: str, values: dict[str, Any]) -> None:
         """Put parameters into a module."""
         import torch

@@ -80,6 +80,7 @@ class _OpenShard:
     def __init__(self, folder: Path, shard: Shard) -> None:
         self.shard = shard
         self.path = folder / f"{shard.name}.part"
+        self.path.parent.mkdir(exist_ok=True)
         self.left = len(shard.header.entries)
         self.nonfinite: dict[str, int] = {}
         self.file = SegmentedFile(self.path, shard.size)
@@ -157,9 +158,12 @@ class ArtifactWriter:
             path = self.partial / shard.name
             if shard.name in done and not (path.is_file() and path.stat().st_size == shard.size):
                 del done[shard.name]
-        for path in self.partial.iterdir():
-            if path.name not in done:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in sorted(self.partial.rglob("*"), reverse=True):  # files before their folders
+            if path.is_dir() and not path.is_symlink():
+                with contextlib.suppress(OSError):  # one that is not empty stays
+                    path.rmdir()
+            elif path.relative_to(self.partial).as_posix() not in done:
+                path.unlink()
         return done
 
     def _check_space(self) -> None:
@@ -225,6 +229,9 @@ class ArtifactWriter:
         with explained(self.final):
             for name, content in files.items():
                 write_durably(self.partial / name, content)
+            for path in self.partial.rglob("*"):
+                if path.is_dir():
+                    sync_folder(path)
             sync_folder(self.partial)
             replace_folder(self.partial, self.final)
             self._journal.unlink(missing_ok=True)

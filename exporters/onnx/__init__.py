@@ -1,0 +1,1 @@
+"""ONNX: models as graphs, for servers, browsers and phones."""

@@ -1,0 +1,71 @@
+"""Which program makes the graph of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from exporters.onnx.deferred import defer
+from exporters.onnx.exported import export, kind_of
+from exporters.onnx.genai import NotBuilt, build
+from exporters.onnx.graph import Graph
+from exporters.onnx.schemes import Route
+from mergekit_lite.checkpoint.protocol import Checkpoint
+from mergekit_lite.errors import PackError
+from mergekit_lite.evaluate.parts import Parts
+
+__all__ = ["GENAI", "build_graph"]
+
+GENAI = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite", "gemma2"})
+"""Values of ``model_type`` for which the builder's graph was compared with transformers, with and
+without a cache [tests/exporters/test_onnx.py]; others go through torch.onnx."""
+
+
+def build_graph(checkpoint: Checkpoint, route: Route, half: bool) -> tuple[Graph, Parts]:
+    """Make the graph of a model, without weights.
+
+    Args:
+        checkpoint: The model.
+        route: Who makes it; ``auto`` takes onnxruntime-genai's builder for decoders that it is
+            known to make right, torch.onnx for all others.
+        half: Whether it computes in float16.
+
+    Returns:
+        The graph, and what reads the model's parameters.
+
+    Raises:
+        PackError: Neither can make it.
+    """
+    parts = Parts(checkpoint, torch.float32, "cpu")
+    kind = kind_of(parts.model, checkpoint.label)
+    config = checkpoint.config
+    trusted = config.get("model_type") in GENAI and not _windowed(config)
+    if kind == "decoder" and (route == "genai" or (route == "auto" and trusted)):
+        defer(parts.model)
+        try:
+            return build(parts.model, config, half), parts
+        except NotBuilt as error:
+            if route == "genai":
+                raise PackError(
+                    f"{checkpoint.label}: onnxruntime-genai's builder cannot make it ({error})",
+                    "Leave --graph out, or use --graph torch.",
+                ) from None
+            note = f"onnxruntime-genai's builder cannot make it ({error}); torch.onnx does"
+        parts = Parts(checkpoint, torch.float32, "cpu")
+        graph = export(parts.model, kind, half)
+        return Graph(graph.model, graph.deferred, kind, graph.route, (note,)), parts
+    if route == "genai":
+        raise PackError(
+            f"{checkpoint.label}: onnxruntime-genai's builder makes decoders only",
+            "Leave --graph out.",
+        )
+    return export(parts.model, kind, half), parts
+
+
+def _windowed(config: Any) -> bool:
+    """Whether all layers look back over a window only; the builder's operator forgets it."""
+    window = config.get("sliding_window")
+    if window is None or config.get("use_sliding_window") is False:
+        return False
+    return bool(config.get("model_type") != "gemma2")

@@ -1,0 +1,221 @@
+"""A graph compared with the model that it was made of, before it gets its name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from exporters.onnx.graph import Kind
+from exporters.onnx.schemes import OnnxScheme
+from exporters.onnx.session import Feed, GraphRun
+from mergekit_lite.checkpoint.protocol import Checkpoint
+from mergekit_lite.dtypes import Array
+from mergekit_lite.errors import PackError
+from mergekit_lite.evaluate.forward import LayerwiseModel
+from mergekit_lite.evaluate.parts import Parts
+from mergekit_lite.merge.run import Progress
+
+__all__ = ["TOLERANCE", "Checked", "check", "check_form"]
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 1e-1}
+"""Largest difference of a logit, over the largest logit, with which a graph of floats is right."""
+_SIZES = ((1, 24, 16), (2, 16, 15))
+"""Sequences, tokens, and how many of them go in first where a cache is used."""
+_SEED = 20
+
+
+@dataclass(frozen=True)
+class Checked:
+    """How far a graph is from its model.
+
+    Attributes:
+        difference: Largest difference of an output.
+        largest: Largest magnitude of the model's.
+        cached: The same difference where the last tokens came in with a cache; None of encoders.
+        agreement: Share of positions with the same largest output.
+        tokens: Positions that were compared.
+        tokens_per_second: Of onnxruntime, over all that was run.
+    """
+
+    difference: float
+    largest: float
+    cached: float | None
+    agreement: float
+    tokens: int
+    tokens_per_second: float
+
+    def describe(self) -> dict[str, Any]:
+        """As data, to the digits that do not depend on a machine; no times."""
+        found: dict[str, Any] = {
+            "largest_difference": _short(self.difference),
+            "largest_output": _short(self.largest),
+            "agreement": _short(self.agreement),
+            "tokens": self.tokens,
+        }
+        if self.cached is not None:
+            found["largest_difference_cached"] = _short(self.cached)
+        return found
+
+    def line(self) -> str:
+        """For people."""
+        cached = "" if self.cached is None else f" ({self.cached:.2g} with a cache)"
+        return (
+            f"onnxruntime against the model: largest difference {self.difference:.2g}{cached}, of "
+            f"{self.largest:.3g}; same first choice at {100 * self.agreement:.1f} % of "
+            f"{self.tokens} tokens; {self.tokens_per_second:.0f} tokens/s"
+        )
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.2g}")
+
+
+def check_form(path: Path) -> None:
+    """Let ONNX's own checker look at a file, types and shapes included.
+
+    Raises:
+        PackError: It finds a mistake.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PackError(
+            f"{path.name}: ONNX's checker refuses the graph: {first[:300]}",
+            "Try the other way of exporting: --graph torch, or --graph genai.",
+        ) from None
+
+
+def check(
+    checkpoint: Checkpoint,
+    kind: Kind,
+    scheme: OnnxScheme,
+    run: GraphRun,
+    route: str,
+    progress: Progress,
+) -> Checked:
+    """Run a graph and its model on the same tokens.
+
+    Args:
+        checkpoint: The model.
+        kind: Of the model.
+        scheme: Of the graph.
+        run: The graph.
+        route: What made it.
+        progress: Told how far it is.
+
+    Raises:
+        PackError: A graph of floats is not the model.
+    """
+    import torch
+
+    made = np.random.Generator(np.random.PCG64(_SEED))
+    size = int(str(checkpoint.config.get("vocab_size", 100)))
+    batches = [made.integers(3, size, (rows, tokens)) for rows, tokens, _ in _SIZES]
+    tensors = [torch.from_numpy(batch) for batch in batches]
+    if kind == "decoder":
+        expected = _decoded(checkpoint, tensors, progress)
+        found, cached = _run_decoder(run, batches)
+    else:
+        expected = _encoded(checkpoint, run, tensors)
+        found, cached = _run_encoder(run, batches), None
+    largest = max(float(np.abs(e).max()) for e in expected)
+    apart = [float(np.abs(e - f).max()) for e, f in zip(expected, found, strict=True)]
+    same = np.concatenate([
+        (e.argmax(-1) == f.argmax(-1)).reshape(-1) for e, f in zip(expected, found, strict=True)
+    ])  # fmt: skip
+    with_cache = None
+    if cached is not None:
+        with_cache = max(
+            float(np.abs(e[:, first:] - f).max())
+            for e, f, (_, _, first) in zip(expected, cached, _SIZES, strict=True)
+        )
+    tokens = sum(batch.size for batch in batches)
+    checked = Checked(
+        max(apart), largest, with_cache, float(same.mean()), tokens,
+        (tokens * (2 if cached is not None else 1)) / max(run.seconds, 1e-9),
+    )  # fmt: skip
+    worst = max(checked.difference, with_cache or 0.0)
+    limit = TOLERANCE.get(scheme.name)
+    if not np.isfinite(worst) or (limit is not None and worst > limit * max(1.0, largest)):
+        raise PackError(
+            f"the graph by {route} is not the model: logits differ by {checked.difference:.2g}"
+            + (f" ({with_cache:.2g} with a cache)" if with_cache is not None else "")
+            + f", the largest is {largest:.3g}",
+            "Try the other way of exporting: --graph torch, or --graph genai.",
+        )
+    return checked
+
+
+def _decoded(checkpoint: Checkpoint, batches: Sequence[Any], progress: Progress) -> list[Array]:
+    model = LayerwiseModel(checkpoint)
+    kept = model.hidden(batches, progress)
+    try:
+        return [np.asarray(logits.numpy()) for logits in model.logits(batches, kept)]
+    finally:
+        kept.close()
+
+
+def _encoded(checkpoint: Checkpoint, run: GraphRun, batches: Sequence[Any]) -> list[Array]:
+    """Outputs of a model that is run whole, side by side."""
+    import torch
+
+    parts = Parts(checkpoint, torch.float32, "cpu")
+    wanted = frozenset(_used(parts.model, run.outputs))
+    for path, module in parts.model.named_modules():
+        for name, parameter in module._parameters.items():  # noqa: SLF001
+            full = f"{path}.{name}".lstrip(".")
+            if parameter is not None and full in wanted:
+                value = parts.parameter(full)
+                module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)  # noqa: SLF001
+    if hasattr(parts.model, "pooler") and "pooler_output" not in run.outputs:
+        parts.model.pooler = None
+    found = []
+    with torch.inference_mode():
+        for batch in batches:
+            given = {"input_ids": batch, "attention_mask": torch.ones_like(batch)}
+            result = parts.model(**given)
+            found.append(_joined([result[name].numpy() for name in run.outputs], len(batch)))
+    return found
+
+
+def _used(model: Any, outputs: Sequence[str]) -> list[str]:
+    """Parameters that these outputs need; a pooler's may be absent."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if "pooler_output" in outputs or not hasattr(model, "pooler"):
+        return names
+    return [name for name in names if not name.startswith("pooler.")]
+
+
+def _joined(arrays: Sequence[Array], rows: int) -> Array:
+    return np.concatenate([array.reshape(rows, -1) for array in arrays], axis=1)
+
+
+def _run_encoder(run: GraphRun, batches: Sequence[Array]) -> list[Array]:
+    feeds = [
+        Feed({
+            "input_ids": batch, "attention_mask": np.ones_like(batch),
+            "token_type_ids": np.zeros_like(batch),
+        })
+        for batch in batches
+    ]  # fmt: skip
+    return [
+        _joined([found[name].astype(np.float32) for name in run.outputs], len(batch))
+        for batch, found in zip(batches, run.run_all(feeds), strict=True)
+    ]
+
+
+def _run_decoder(run: GraphRun, batches: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    """Logits of all tokens at once; and of the last ones after a cache of the first."""
+    feeds: list[Feed] = []
+    for batch, (_, _, first) in zip(batches, _SIZES, strict=True):
+        feeds.append(run.feed(batch))
+        feeds.append(run.feed(batch[:, :first]))
+        feeds.append(run.feed(batch[:, first:], len(feeds) - 1, first))
+    found = [one["logits"].astype(np.float32) for one in run.run_all(feeds)]
+    return found[::3], found[2::3]

@@ -1,0 +1,119 @@
+"""The small files beside a graph: what runtimes look for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from exporters.onnx.graph import Cache
+from mergekit_lite.merge.config import to_json
+
+__all__ = ["genai_config", "small_files"]
+
+_LEFT_OUT = ("quantization_config", "torch_dtype")
+
+
+def small_files(
+    files: Mapping[str, bytes], config: Mapping[str, Any], stem: str, chunks: int
+) -> dict[str, bytes]:
+    """Config, tokenizer and templates, as runtimes of ONNX read them.
+
+    transformers.js is told in ``config.json`` how many files of weights there are, and finds a chat
+    template in ``tokenizer_config.json`` alone.
+
+    Args:
+        files: Of the model.
+        config: Its config.json.
+        stem: Name of the graph without ``.onnx``.
+        chunks: Number of files of weights.
+    """
+    found = {name: content for name, content in files.items() if name != "README.md"}
+    kept = {key: value for key, value in config.items() if key not in _LEFT_OUT}
+    stated = kept.get("transformers.js_config")
+    kept["transformers.js_config"] = {
+        **(stated if isinstance(stated, dict) else {}),
+        "use_external_data_format": {f"{stem}.onnx": chunks},
+    }
+    found["config.json"] = to_json(kept)
+    if "tokenizer.json" in found:
+        settings = json.loads(found.get("tokenizer_config.json", b"{}"))
+        if "chat_template.jinja" in found and "chat_template" not in settings:
+            settings["chat_template"] = found["chat_template.jinja"].decode()
+        found["tokenizer_config.json"] = to_json(settings)
+    return found
+
+
+def genai_config(
+    config: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    cache: Cache,
+    names: tuple[list[str], list[str]],
+    path: str,
+) -> bytes:
+    """``genai_config.json``, by which onnxruntime-genai runs a decoder.
+
+    Args:
+        config: The model's config.json.
+        files: Its small files.
+        cache: Shapes of its cache.
+        names: Inputs and outputs of the graph.
+        path: Of the graph, below the folder.
+    """
+    stated: dict[str, Any] = {}
+    if "generation_config.json" in files:
+        stated = json.loads(files["generation_config.json"])
+
+    def either(key: str, default: Any) -> Any:
+        found = stated.get(key)
+        found = config.get(key) if found is None else found
+        return default if found is None else found
+
+    heads, size, _ = cache.layers[0]
+    inputs, _ = names
+    known = {"input_ids", "attention_mask", "position_ids"}
+    end = either("eos_token_id", 2)
+    first_end = end[0] if isinstance(end, list) else end
+    length = config.get("max_position_embeddings") or config.get("n_positions") or 2048
+    attention = config.get("num_attention_heads") or config.get("n_head")
+    return to_json({
+        "model": {
+            "bos_token_id": either("bos_token_id", first_end),
+            "context_length": length,
+            "decoder": {
+                "filename": path,
+                "head_size": size,
+                "hidden_size": config.get("hidden_size") or config.get("n_embd"),
+                "inputs": {
+                    **{name: name for name in inputs if name in known},
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "num_attention_heads": attention,
+                "num_hidden_layers": len(cache.layers),
+                "num_key_value_heads": heads,
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            },
+            "eos_token_id": end,
+            "pad_token_id": either("pad_token_id", first_end),
+            "type": "decoder",
+            "vocab_size": config["vocab_size"],
+        },
+        "search": {
+            "do_sample": bool(stated.get("do_sample", False)),
+            "max_length": length,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": False,
+            "repetition_penalty": float(stated.get("repetition_penalty") or 1.0),
+            "temperature": float(stated.get("temperature") or 1.0),
+            "top_k": int(stated.get("top_k") or 50),
+            "top_p": float(stated.get("top_p") or 1.0),
+        },
+    })  # fmt: skip

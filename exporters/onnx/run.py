@@ -1,0 +1,298 @@
+"""A model exported to ONNX from start to end: graph, weights as a stream, check, lock."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporters.linears.matrices import is_router
+from exporters.onnx.build import build_graph
+from exporters.onnx.card import onnx_card
+from exporters.onnx.check import Checked, check, check_form
+from exporters.onnx.codes import codes_of
+from exporters.onnx.folder import genai_config, small_files
+from exporters.onnx.layout import LaidOut, lay_out_graph
+from exporters.onnx.pieces import Piece
+from exporters.onnx.rewrite import Asked, Rewritten, rewrite
+from exporters.onnx.schemes import OnnxScheme, Route
+from exporters.onnx.session import GraphRun
+from mergekit_lite.checkpoint.protocol import Checkpoint
+from mergekit_lite.dtypes import Array
+from mergekit_lite.errors import Interrupted
+from mergekit_lite.evaluate.parts import Parts
+from mergekit_lite.kernels.jit import is_first_use
+from mergekit_lite.merge.lock import LOCK_NAME, lock_file
+from mergekit_lite.merge.model import WholeModel
+from mergekit_lite.merge.run import Progress
+from mergekit_lite.merge.writer import (
+    ArtifactWriter,
+    OutputFile,
+    refuse_existing,
+    refuse_inputs,
+    write_durably,
+)
+
+__all__ = ["FORMAT", "MadeOnnx", "OnnxRequest", "run_onnx"]
+
+FORMAT = 1
+"""Raised whenever the same model begins to give other bytes; part of a fingerprint."""
+FOLDER = "onnx"
+"""Where transformers.js and optimum look for graphs."""
+_BUDGET = 768 << 20
+
+
+@dataclass(frozen=True)
+class OnnxRequest:
+    """What is wanted.
+
+    Attributes:
+        scheme: Kind of file.
+        folder: Where the result goes.
+        asked: The same as an entry of a recipe.
+        block: Weights that share a scale, of 4 bits.
+        symmetric: Whether the zero point is the middle of the codes.
+        route: Who makes the graph.
+        threads: Worker threads.
+        force: Whether an existing result is replaced.
+        rounded: The model on grids already, by looking at activations; its codes are taken where
+            they fit. None for rounding here, or for a model that is quantized itself.
+        details: How that was done.
+    """
+
+    scheme: OnnxScheme
+    folder: Path
+    asked: Mapping[str, Any]
+    block: int = 32
+    symmetric: bool = True
+    route: Route = "auto"
+    threads: int = 1
+    force: bool = False
+    rounded: Checkpoint | None = None
+    details: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class MadeOnnx:
+    """One result.
+
+    Attributes:
+        folder: Where it lies.
+        outputs: Its files, the lock included.
+        bits: Per weight, all tensors together.
+        route: What made the graph.
+        checked: How far it is from the model.
+        notes: What the user should know.
+        seconds: That it took.
+    """
+
+    folder: Path
+    outputs: Sequence[OutputFile]
+    bits: float
+    route: str
+    checked: Checked
+    notes: Sequence[str]
+    seconds: float
+
+
+def run_onnx(model: WholeModel, request: OnnxRequest, progress: Progress | None = None) -> MadeOnnx:
+    """Export a model; the result appears when it is whole and was compared with the model.
+
+    Args:
+        model: Left open.
+        request: What is wanted.
+        progress: Told how far it is.
+
+    Raises:
+        Interrupted: The user stopped it; files of weights that were finished are kept.
+        PackError: The architecture is not known, the graph is not the model, the disk is full.
+    """
+    began = time.monotonic()
+    progress = progress or Progress()
+    refuse_existing(request.folder, request.force)
+    refuse_inputs(request.folder, (source.path for source in model.sources))
+    with ExitStack() as stack:
+        try:
+            return _run(model, request, progress, stack, began)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped", "Run the same command again.") from None
+
+
+def _run(
+    model: WholeModel, request: OnnxRequest, progress: Progress, stack: ExitStack, began: float
+) -> MadeOnnx:
+    scheme = request.scheme
+    model.observe_alone(progress)
+    progress.begin("Graph", 0)
+    weights = request.rounded or model.checkpoint
+    graph, parts = build_graph(weights, request.route, scheme.half)
+    made = rewrite(graph, Asked(
+        scheme, request.block, request.symmetric, request.threads, _routers(parts),
+        _head(parts.model), codes_of(weights, parts),
+    ))  # fmt: skip
+    laid = lay_out_graph(made, FOLDER, scheme.file, {})
+    notes = list(dict.fromkeys([*model.notes, *graph.notes]))
+    for line in notes:
+        progress.note(line)
+    writer = ArtifactWriter(
+        request.folder, laid.shards, _fingerprint(model, request, laid), request.force
+    )
+    stack.callback(writer.close)
+    if writer.discarded:
+        progress.note("the model or the settings changed since the run that was stopped; "
+                      "starting afresh")  # fmt: skip
+    if is_first_use():
+        progress.note("compiling kernels, once after installation: some seconds")
+    _write(made, laid, parts, writer, request.threads, progress)
+    path = f"{FOLDER}/{scheme.file}.onnx"
+    write_durably(writer.partial / path, laid.graph)
+    check_form(writer.partial / path)
+    run = GraphRun(writer.partial / path, _BUDGET, request.threads)
+    checked = check(model.checkpoint, graph.kind, scheme, run, graph.route, progress)
+    files = {
+        **small_files(model.files, model.checkpoint.config, scheme.file, laid.chunks),
+        path: laid.graph,
+    }
+    if graph.kind == "decoder":
+        files["genai_config.json"] = genai_config(
+            model.checkpoint.config, model.files, run.cache,
+            (list(run.inputs), run.outputs), path,
+        )  # fmt: skip
+    progress.begin("Check inputs", 0)
+    inputs = model.input_files()
+    elements = sum(p.numel() for p in parts.model.parameters())
+    size = sum(shard.size for shard in laid.shards) + len(laid.graph)
+    bits = 8 * size / max(1, elements)
+    files["README.md"] = onnx_card(model, scheme, graph.kind, graph.route, bits, checked, notes)
+    fields: dict[str, Any] = {
+        "name": model.name,
+        "format": "onnx",
+        "scheme": scheme.name,
+        "asked": request.asked,
+        "options": _options(request),
+        **model.describe(),
+        "details": dict(request.details or {}),
+        "matrices": {"rounded": made.rounded, "with_codes_of_their_own": made.kept},
+        "graph": {"by": graph.route, "kind": graph.kind, "opset": _opset(made)},
+        "computed_with": _versions(),
+        "bits_per_weight": round(bits, 3),
+        "verification": checked.describe(),
+        "notes": notes,
+    }
+    outputs = writer.outputs(files)
+    lock = lock_file("quantize", fields, list(model.sources), inputs, outputs)
+    published = writer.publish({**files, LOCK_NAME: lock})
+    return MadeOnnx(
+        request.folder, published, bits, graph.route, checked, notes, time.monotonic() - began
+    )
+
+
+def _options(request: OnnxRequest) -> dict[str, Any]:
+    """What was asked for and differs from the usual."""
+    pairs = {
+        "block": (request.block, 32),
+        "symmetric": (request.symmetric, True),
+        "graph": (request.route, "auto"),
+    }
+    return {name: value for name, (value, usual) in pairs.items() if value != usual}
+
+
+def _opset(made: Rewritten) -> int:
+    return int(made.model.opset_imports[""])
+
+
+def _versions() -> dict[str, str]:
+    import onnx
+    import onnxruntime
+    import torch
+    import transformers
+
+    return {
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "torch": torch.__version__.partition("+")[0],
+        "transformers": transformers.__version__,
+    }
+
+
+def _fingerprint(model: WholeModel, request: OnnxRequest, laid: LaidOut) -> str:
+    parts = [
+        f"onnx {FORMAT}",
+        model.fingerprint(),
+        hashlib.sha256(laid.graph).hexdigest(),
+        json.dumps([request.scheme.name, request.asked, _options(request)], sort_keys=True),
+        json.dumps(dict(request.details or {}), sort_keys=True),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _routers(parts: Parts) -> frozenset[str]:
+    """Parameters that choose experts, which stay as they are."""
+    found = (name for name, _ in parts.model.named_parameters(remove_duplicate=False))
+    return frozenset(name for name in found if is_router(name.removesuffix(".weight")))
+
+
+def _head(model: Any) -> frozenset[str]:
+    """Parameters of the embedding and the head, by all their names."""
+    wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = [id(module.weight) for module in wanted if module is not None]
+    return frozenset(
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()  # noqa: SLF001
+        if parameter is not None and id(parameter) in weights
+    )
+
+
+def _write(
+    made: Rewritten,
+    laid: LaidOut,
+    parts: Parts,
+    writer: ArtifactWriter,
+    threads: int,
+    progress: Progress,
+) -> None:
+    """Make the weights and put them into their files, several at once."""
+    todo = frozenset(
+        name for shard in laid.shards if shard.name not in writer.done
+        for name in shard.header.entries
+    )  # fmt: skip
+    spans = {name: entry for shard in laid.shards for name, entry in shard.header.entries.items()}
+
+    def put(name: str, array: Array) -> None:
+        if name not in todo:
+            return
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        writer.write(name, 0, raw)
+        rest = spans[name].end - spans[name].start - raw.size
+        if rest:
+            writer.write(name, raw.size, np.zeros(rest, np.uint8))
+        writer.tensor_done(name, 0)
+
+    def work(piece: Piece) -> int:
+        for name, array in zip(piece.names, piece.make(parts.parameter), strict=True):
+            put(name, array)
+        return piece.elements
+
+    wanted = [piece for piece in made.pieces if todo & set(piece.names)]
+    progress.begin("Write", sum(piece.elements for piece in wanted))
+    pool = ThreadPoolExecutor(threads)
+    try:
+        waiting = [pool.submit(work, piece) for piece in wanted]
+        for done in waiting:
+            progress.advance(done.result())
+    except BaseException:
+        writer.abort()
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown()
+    for name, array in laid.constants.items():
+        put(name, array)

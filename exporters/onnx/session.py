@@ -1,0 +1,296 @@
+"""Running a graph with onnxruntime, whole or in pieces that fit into memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from exporters.onnx.graph import PAST, PRESENT, Cache, cache_of
+from mergekit_lite.dtypes import Array
+from mergekit_lite.errors import FileFormatError, PackError
+
+__all__ = ["Feed", "GraphRun", "require_onnxruntime"]
+
+_FOLDER = "session.model_external_initializers_file_folder_path"
+_NUMPY = {
+    onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16,
+    onnx.TensorProto.INT64: np.int64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A part of a graph: a message of its own, what goes in and what comes out."""
+
+    message: bytes
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What goes in once.
+
+    Attributes:
+        values: Inputs by name.
+        after: Which earlier feed the cache comes out of; None where `values` holds it.
+    """
+
+    values: Mapping[str, Array]
+    after: int | None = None
+
+
+class GraphRun:
+    """A graph that can be run.
+
+    Args:
+        path: Of the ``.onnx`` file; its weights lie beside it.
+        budget: Bytes of weights that may be in memory; a larger graph is run in pieces, each of
+            which is loaded when its turn comes.
+        threads: Of onnxruntime.
+
+    Attributes:
+        inputs: Types and shapes by name; symbols are strings.
+        outputs: Names.
+        seconds: That running took, without loading.
+        stages: Number of pieces.
+
+    Raises:
+        PackError: onnxruntime does not take it.
+    """
+
+    def __init__(self, path: Path, budget: int, threads: int) -> None:
+        self._path = path
+        self._threads = threads
+        self.seconds = 0.0
+        try:
+            model = onnx.load(path, load_external_data=False)
+        except Exception as error:
+            raise FileFormatError(
+                f"{path}: cannot be read as ONNX ({type(error).__name__})", "Copy the file again."
+            ) from None
+        self.inputs = {
+            value.name: (_NUMPY.get(value.type.tensor_type.elem_type), _shape(value))
+            for value in model.graph.input
+        }
+        self.outputs = [value.name for value in model.graph.output]
+        self._stages = _cut(model, budget)
+        self._sessions: dict[int, Any] = {}
+
+    @property
+    def stages(self) -> int:
+        """Number of pieces."""
+        return len(self._stages)
+
+    @property
+    def cache(self) -> Cache:
+        """Shapes of the cache; of an encoder without layers."""
+        return cache_of({name: shape for name, (_, shape) in self.inputs.items()})
+
+    def feed(self, ids: Array, after: int | None = None, before: int = 0) -> Feed:
+        """What a decoder is given for some tokens.
+
+        Args:
+            ids: ``(sequences, tokens)`` int64.
+            after: Which of the feeds its cache comes out of; None for an empty one.
+            before: Tokens in that cache.
+        """
+        values: dict[str, Array] = {"input_ids": ids}
+        if after is None:
+            for index, (heads, *sizes) in enumerate(self.cache.layers):
+                for part, size in zip(("key", "value"), sizes, strict=True):
+                    name = PAST.format(index, part)
+                    values[name] = np.zeros((len(ids), heads, 0, size), self.inputs[name][0])
+        mask = np.ones((len(ids), before + ids.shape[1]), np.int64)
+        values["attention_mask"] = mask
+        values["position_ids"] = (mask.cumsum(1) - 1)[:, before:]
+        return Feed(values, after)
+
+    def run_all(self, feeds: Sequence[Feed]) -> list[dict[str, Array]]:
+        """Run it several times; each piece of it is loaded once.
+
+        Args:
+            feeds: What goes in; inputs that the graph has not are left out.
+
+        Returns:
+            Outputs by name, of each.
+
+        Raises:
+            PackError: onnxruntime refuses.
+        """
+        held = [{n: v for n, v in feed.values.items() if n in self.inputs} for feed in feeds]
+        later = [set(self.outputs)]
+        for stage in reversed(self._stages[1:]):
+            later.append(later[-1] | set(stage.inputs))
+        for at, (stage, wanted) in enumerate(zip(self._stages, reversed(later), strict=True)):
+            session = self._session(at)
+            for feed, values in zip(feeds, held, strict=True):
+                given = {name: self._value(name, feed, values, held) for name in stage.inputs}
+                began = time.perf_counter()
+                try:
+                    found = session.run(list(stage.outputs), given)
+                except Exception as error:
+                    raise _explained(self._path, error) from None
+                self.seconds += time.perf_counter() - began
+                values.update(zip(stage.outputs, found, strict=True))
+                for name in [name for name in values if name not in wanted]:
+                    del values[name]
+        return held
+
+    @staticmethod
+    def _value(name: str, feed: Feed, values: Mapping[str, Array], held: Any) -> Array:
+        if name in values or feed.after is None:
+            return values[name]
+        _, layer, part = name.split(".")
+        found: Array = held[feed.after][PRESENT.format(layer, part)]
+        return found
+
+    def step(
+        self, ids: Array, past: Mapping[str, Array] | None = None, mask: Array | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Give tokens to a decoder.
+
+        Args:
+            ids: ``(sequences, tokens)`` int64.
+            past: The cache that came out before; None for none.
+            mask: ``(sequences, past + tokens)`` int64; None for all ones. Positions count its ones.
+
+        Returns:
+            Logits ``(sequences, tokens, vocabulary)`` float32, and the cache.
+        """
+        before = 0 if past is None else next(iter(past.values())).shape[2]
+        values = {**self.feed(ids, None, before).values, **(past or {})}
+        if mask is not None:
+            values["attention_mask"] = mask
+            values["position_ids"] = np.maximum(mask.cumsum(1) - 1, 0)[:, before:]
+        [found] = self.run_all([Feed(values)])
+        cache = {
+            PAST.format(index, part): found[PRESENT.format(index, part)]
+            for index in range(len(self.cache.layers)) for part in ("key", "value")
+        }  # fmt: skip
+        return found["logits"].astype(np.float32), cache
+
+    def _session(self, at: int) -> Any:
+        """The session of a piece; only a graph in one piece keeps it."""
+        if at in self._sessions:
+            return self._sessions[at]
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 4
+        options.add_session_config_entry(_FOLDER, str(self._path.parent))
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            made = onnxruntime.InferenceSession(
+                self._stages[at].message, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise _explained(self._path, error) from None
+        if len(self._stages) == 1:
+            self._sessions[at] = made
+        return made
+
+
+def require_onnxruntime(what: str) -> None:
+    """Refuse where onnxruntime or what makes graphs is not installed.
+
+    Raises:
+        PackError: Something is missing.
+    """
+    from importlib.util import find_spec
+
+    wanted = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
+    missing = next((name for name in wanted if find_spec(name) is None), None)
+    if missing is not None:
+        raise PackError(
+            f"{what} needs '{missing}', which is not installed",
+            "pip install 'pack-models[onnx]'",
+        )
+
+
+def _explained(path: Path, error: Exception) -> PackError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return PackError(
+        f"{path}: onnxruntime refuses it: {lines[0][:300]}",
+        "Its version may be too old for this file: pip install -U onnxruntime",
+    )
+
+
+def _shape(value: Any) -> tuple[int | str | None, ...]:
+    return tuple(
+        d.dim_value if d.HasField("dim_value") else (d.dim_param or None)
+        for d in value.type.tensor_type.shape.dim
+    )
+
+
+def _size(tensor: Any) -> int:
+    for entry in tensor.external_data:
+        if entry.key == "length":
+            return int(entry.value)
+    return int(tensor.ByteSize())
+
+
+def _cut(model: Any, budget: int) -> list[_Stage]:
+    """Cut a graph where so many bytes of weights are together."""
+    graph = model.graph
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    sizes = {name: _size(tensor) for name, tensor in initializers.items()}
+    if sum(sizes.values()) <= budget:
+        inputs = [value.name for value in graph.input]
+        return [_Stage(model.SerializeToString(), inputs, [v.name for v in graph.output])]
+    groups: list[list[Any]] = [[]]
+    held: set[str] = set()
+    total = 0
+    for node in graph.node:
+        new = {name for name in node.input if name in sizes} - held
+        more = sum(sizes[name] for name in new)
+        if groups[-1] and total + more > budget:
+            groups.append([])
+            held, total = set(), 0
+            new = {name for name in node.input if name in sizes}
+            more = sum(sizes[name] for name in new)
+        groups[-1].append(node)
+        held |= new
+        total += more
+    return _stages(model, groups, initializers)
+
+
+def _stages(model: Any, groups: Sequence[Sequence[Any]], initializers: Any) -> list[_Stage]:
+    graph = model.graph
+    types = {v.name: v for v in (*graph.input, *graph.value_info, *graph.output)}
+    used = [{n for node in group for n in node.input if n} for group in groups]
+    made = [{n for node in group for n in node.output if n} for group in groups]
+    outside = {value.name for value in graph.output}
+    found = []
+    for at, group in enumerate(groups):
+        inputs = sorted(used[at] - made[at] - set(initializers))
+        after = set().union(*used[at + 1 :], outside)
+        outputs = sorted(made[at] & after)
+        piece = onnx.ModelProto()
+        piece.CopyFrom(model)
+        piece.graph.Clear()
+        piece.graph.name = f"stage {at}"
+        piece.graph.node.extend(group)
+        piece.graph.initializer.extend(
+            initializers[name] for name in sorted(used[at] & set(initializers))
+        )
+        for names, target in ((inputs, piece.graph.input), (outputs, piece.graph.output)):
+            for name in names:
+                value = onnx.ValueInfoProto()
+                value.name = name
+                kind = types[name].type.tensor_type.elem_type if name in types else 0
+                if kind == 0:
+                    raise PackError(
+                        f"the graph does not state the type of '{name}'", "Report this, please."
+                    )
+                value.type.tensor_type.elem_type = kind
+                target.append(value)
+        found.append(_Stage(piece.SerializeToString(), inputs, outputs))
+    return found
