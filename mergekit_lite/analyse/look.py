@@ -8,6 +8,7 @@ from mergekit_lite.adapters.config import CONFIG_NAME
 from mergekit_lite.adapters.locate import is_adapter, open_adapter, open_model, put_on
 from mergekit_lite.checkpoint.hub import parse_reference as parse_hub_reference
 from mergekit_lite.checkpoint.locate import Source, find_local
+from mergekit_lite.checkpoint.onnx import OnnxCheckpoint, find_graph
 from mergekit_lite.checkpoint.remote import look_at_hub
 from mergekit_lite.recipe.reference import parse_reference
 
@@ -26,6 +27,9 @@ def look_at(reference: str, home: Path) -> Source:
     """
     local = find_local(reference, home)
     if local is not None:
+        graph = find_graph(local)
+        if graph is not None:
+            return Source(reference, None, local, OnnxCheckpoint(graph, reference))
         adapter = is_adapter(reference, home)
         return open_adapter(reference, home) if adapter else open_model(reference, home)
     parsed = parse_reference(reference)

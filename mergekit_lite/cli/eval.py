@@ -15,11 +15,10 @@ from mergekit_lite.cli.table import echo_table
 from mergekit_lite.text import plain
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from mergekit_lite.evaluate.measure import Measured, Subject
     from mergekit_lite.evaluate.tasks import TaskScore
-    from mergekit_lite.merge.model import WholeModel
 
 __all__ = ["command"]
 
@@ -78,10 +77,11 @@ def command(
 ) -> None:
     """Measure MODELS on text: perplexity, and how far they are from a reference.
 
-    A model may be a folder, a Hub id, base+adapter, a recipe that has not run, or a GGUF file,
-    which llama.cpp runs. All others are run one decoder layer at a time, so that memory is that of
-    a layer. The text is cut into the tokens of the reference, or of the first model. GPTQ, AWQ and
-    compressed-tensors folders are run as the floats that they stand for.
+    A model may be a folder, a Hub id, base+adapter, a recipe that has not run, a GGUF file, which
+    llama.cpp runs, or a folder or file of ONNX, which onnxruntime runs. All others are run one
+    decoder layer at a time, so that memory is that of a layer. The text is cut into the tokens of
+    the reference, or of the first model. GPTQ, AWQ and compressed-tensors folders are run as the
+    floats that they stand for.
     """
     from exporters.subjects import open_subject, tokenizing
     from mergekit_lite.adapters.factor import check_device
@@ -102,10 +102,10 @@ def command(
     text = read_text(path)
     names = list(dict.fromkeys([*([reference] if reference else []), *models]))
     with ExitStack() as stack, make_progress(quiet or as_json) as progress:
-        opened: dict[str, tuple[Subject, WholeModel | None]] = {}
+        opened: dict[str, tuple[Subject, Mapping[str, bytes]]] = {}
         for name in names:
             opened[name] = stack.enter_context(open_subject(name, Path(), dtype, device, progress))
-        files, label = tokenizing([whole for _, whole in opened.values()], names)
+        files, label = tokenizing([beside for _, beside in opened.values()], names)
         if tasks is not None:
             with tokenizer_of(files, label) as tokenizer:
                 scores = run_tasks(
@@ -136,9 +136,9 @@ def command(
         )
 
 
-def _longest(model: WholeModel | None) -> int:
+def _longest(files: Mapping[str, bytes]) -> int:
     """Tokens that a model knows positions for, 2048 at most."""
-    stated = None if model is None else model.checkpoint.config.get("max_position_embeddings")
+    stated = json.loads(files.get("config.json", b"{}")).get("max_position_embeddings")
     return min(2048, stated) if isinstance(stated, int) and stated > 1 else 2048
 
 

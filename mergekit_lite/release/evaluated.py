@@ -96,10 +96,10 @@ def _measure(
 ) -> list[Measured]:
     """The model against the recipe's reference, then its files against it; it is run once."""
     with ExitStack() as stack:
-        subject, whole = stack.enter_context(
+        subject, beside = stack.enter_context(
             open_subject(model.name, model.parent, "float32", "cpu", progress)
         )
-        files, label = tokenizing([whole], [model.name])
+        files, label = tokenizing([beside], [model.name])
         with tokenizer_of(files, label) as tokenizer:
             pieces = cut(text, tokenizer, label, section.context, section.windows, section.seed)
         subject.name = _MODEL
