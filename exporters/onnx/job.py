@@ -16,7 +16,7 @@ from mergekit_lite.evaluate.text import Windows
 from mergekit_lite.merge.model import WholeModel, open_whole
 from mergekit_lite.merge.run import Progress
 
-__all__ = ["OnnxJob", "check_block", "run_job"]
+__all__ = ["OnnxJob", "check_block", "describe_onnx", "run_job"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run_job(model: WholeModel, job: OnnxJob, progress: Progress) -> MadeOnnx:
         PackError: See `exporters.onnx.run.run_onnx` and `exporters.linears.run.run_linears`.
     """
     refuse_gguf(model)
-    if job.calibration is None:
+    if job.calibration is None or job.scheme.bits != 4:
         return run_onnx(model, _request(job, None, None, None), progress)
     windows = cut_for(model, job.calibration)
     kind = "" if job.symmetric else "-asym"
@@ -99,13 +99,22 @@ def _request(
         details = {"method": "gptq", "damping": wanted.settings.damping,
                    "calibration": windows.describe()}  # fmt: skip
     return OnnxRequest(
-        job.scheme, job.folder, describe_onnx(job, windows), job.block, job.symmetric, job.route,
-        job.threads, job.force, None if rounded is None else rounded.checkpoint, details,
+        job.scheme, job.folder, describe_onnx(job, _text_of(windows)), job.block, job.symmetric,
+        job.route, job.threads, job.force, None if rounded is None else rounded.checkpoint, details,
     )  # fmt: skip
 
 
-def describe_onnx(job: OnnxJob, windows: Windows | None) -> dict[str, Any]:
-    """What was asked for, as an entry of a recipe, with the digest of the text."""
+def _text_of(windows: Windows | None) -> tuple[str, str] | None:
+    return None if windows is None else (windows.text.name, windows.text.sha256)
+
+
+def describe_onnx(job: OnnxJob, text: tuple[str, str] | None) -> dict[str, Any]:
+    """What was asked for, as an entry of a recipe, with the digest of the text.
+
+    Args:
+        job: What is wanted.
+        text: Name and SHA-256 of the calibration text.
+    """
     found: dict[str, Any] = {"to": "onnx", "scheme": job.scheme.name}
     if job.block != BLOCKS[0]:
         found["block"] = job.block
@@ -113,9 +122,9 @@ def describe_onnx(job: OnnxJob, windows: Windows | None) -> dict[str, Any]:
         found["symmetric"] = False
     if job.route != "auto":
         found["graph"] = job.route
-    if windows is not None and job.calibration is not None:
+    if text is not None and job.calibration is not None:
         found["calibration"] = {
-            "context": windows.context, "windows": windows.asked or len(windows.ids),
-            "seed": windows.seed, "text": windows.text.name, "sha256": windows.text.sha256,
+            "context": job.calibration.context, "windows": job.calibration.windows,
+            "seed": job.calibration.seed, "text": text[0], "sha256": text[1],
         }  # fmt: skip
     return found

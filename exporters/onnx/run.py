@@ -177,7 +177,7 @@ def _run(
         "format": "onnx",
         "scheme": scheme.name,
         "asked": request.asked,
-        "options": _options(request),
+        "options": {},
         **model.describe(),
         "details": dict(request.details or {}),
         "matrices": {"rounded": made.rounded, "with_codes_of_their_own": made.kept},

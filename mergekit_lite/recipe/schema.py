@@ -236,7 +236,7 @@ class CalibrationSection(_Section):
 class QuantizeEntry(_Section):
     """One quantized file or folder that `pack build` makes."""
 
-    to: Literal["gguf", "gptq", "awq", "int8", "bnb"] = "gguf"
+    to: Literal["gguf", "gptq", "awq", "int8", "bnb", "onnx"] = "gguf"
     scheme: Annotated[str, Field(min_length=1, description="See `pack quantize --list`.")]
     format: Annotated[
         Literal["gptq", "awq", "compressed-tensors"] | None,
@@ -250,6 +250,16 @@ class QuantizeEntry(_Section):
     ] = None
     calibration: Annotated[
         CalibrationSection | None, Field(description="What the model is run on.")
+    ] = None
+    block: Annotated[
+        Literal[32, 128] | None, Field(description="ONNX: weights that share a scale, of int4.")
+    ] = None
+    symmetric: Annotated[
+        bool | None, Field(description="ONNX: whether int4 has no zero points, as usual.")
+    ] = None
+    graph: Annotated[
+        Literal["genai", "torch"] | None,
+        Field(description="ONNX: who makes the graph; the better one for the model if not given."),
     ] = None
 
 

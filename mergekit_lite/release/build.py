@@ -24,6 +24,7 @@ from mergekit_lite.recipe import Recipe, read_recipe
 from mergekit_lite.release.bundle import is_same, make_release
 from mergekit_lite.release.draft import Asked, Draft, draft_release
 from mergekit_lite.release.evaluated import text_of
+from mergekit_lite.release.formats import check_entry, other_steps, unfit_of
 from mergekit_lite.release.gather import STATED, gather, is_intact, weighing
 from mergekit_lite.release.hub import HubPlan
 from mergekit_lite.release.licences.judge import judge_recipe
@@ -35,10 +36,8 @@ from mergekit_lite.release.steps import (
     Step,
     compare_step,
     evaluate_step,
-    linear_steps,
     make_step,
     quantize_steps,
-    wanted_of,
 )
 from mergekit_lite.release.version import propose
 
@@ -103,7 +102,7 @@ def build(
     schemes = [find_mixture(entry.scheme) for entry in entries if entry.to == "gguf"]
     others = [entry for entry in entries if entry.to != "gguf"]
     for entry in others:
-        wanted_of(entry, path.parent, options.threads)
+        check_entry(entry, path.parent, options.threads)
     name = str(recipe.name) if recipe.version else None
     judged = judge_recipe(path, name=name, accepted=asked.accepted)
     if judged.verdict.conflicts:
@@ -118,7 +117,7 @@ def build(
         for mixture in schemes
     ]  # fmt: skip
     steps += quantize_steps(steps[0].folder, requests, place)
-    steps += linear_steps(steps[0].folder, others, path.parent, place)
+    steps += other_steps(steps[0].folder, others, path.parent, place)
     evaluated = evaluate_step(recipe, place, steps)
     steps += [evaluated] if evaluated else []
     if recipe.version is None:
@@ -153,6 +152,11 @@ def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
             raise PackError(
                 f"{path}: format and calibration are for GPTQ, AWQ and int8, not for GGUF",
                 "Leave them out; by hand: pack quantize --to gguf … --calibration FILE",
+            )
+        unfit = unfit_of(entry)
+        if unfit:
+            raise PackError(
+                f"{path}: {', '.join(unfit)}: not of {entry.to} {entry.scheme}", "Leave it out."
             )
     if recipe.evaluate and recipe.output != "model":
         raise PackError(

@@ -165,13 +165,16 @@ def _entry(artifact: Any) -> dict[str, Any]:
 def _order(entry: Mapping[str, Any]) -> str:
     """An entry with what it leaves out, so that equal ones are equal texts."""
     target, scheme = str(entry.get("to", "gguf")), str(entry["scheme"]).lower()
-    calibrated = target != "gguf" and entry.get("calibrate") is not False
     stated = entry.get("calibration")
+    calibrated = target != "gguf" and entry.get("calibrate") is not False
+    if target == "onnx":
+        calibrated = stated is not None
     section = CalibrationSection(**(stated or {})).model_dump() if calibrated else {}
     section["text"] = Path(str(section.get("text") or "")).name
     plain = (target, scheme) in WEIGHTS_ALONE
     return json.dumps(
-        [target, scheme, entry.get("format"), calibrated and not plain, {} if plain else section],
+        [target, scheme, entry.get("format"), calibrated and not plain, {} if plain else section,
+         *(entry.get(key) for key in ("block", "symmetric", "graph"))],
         sort_keys=True,
     )
 

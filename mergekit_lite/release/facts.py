@@ -78,11 +78,13 @@ def card_values(draft: Draft, weights: Sequence[Entry]) -> dict[str, Any]:
         "cache": file_size(cached) if (cached := cache_bytes(draft.config)) else "",
         "adapters": _adapters(made),
         "files": [{"path": e.path, "size": file_size(e.size)} for e in weights if e.size > 1 << 16],
-        "in_transformers": made.main.kind == "merge" or bool(made.variant and not ggufs),
+        "in_transformers": made.main.kind == "merge"
+        or bool(made.variant and not ggufs and not list(_graphs(made))),
         "linears": [] if made.variant else sorted({
             made.place(a, "").rstrip("/") for a in made.artifacts
-            if a.kind == "quantize" and a.lock.get("format") != "gguf"
+            if a.kind == "quantize" and a.lock.get("format") not in ("gguf", "onnx")
         }),
+        "graphs": list(_graphs(made)),
         "kind": made.main.kind,
         "ggufs": ggufs,
         "siblings": list(_siblings(draft)),
@@ -142,10 +144,18 @@ def _quantized(made: Made) -> Iterator[dict[str, str]]:
                 f"KL divergence {checked['divergence']:.2e}, the same top token at "
                 f"{checked['top_token_agreement']:.1%} of {checked['positions']} positions"
             )
+        elif checked.get("largest_difference") is not None:
+            measured = (
+                f"largest difference of an output {checked['largest_difference']:g} of "
+                f"{checked['largest_output']:g}, the same first choice at "
+                f"{checked['agreement']:.1%} of {checked['tokens']} tokens"
+            )
         elif checked.get("largest_relative_error") is not None:
             measured = f"largest error of a tensor {checked['largest_relative_error']:.2%}"
         form = artifact.lock.get("format")
         path = artifact.files[0].path if form == "gguf" else "model*.safetensors"
+        if form == "onnx":
+            path = next(e.path for e in artifact.files if e.path.endswith(".onnx"))
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
         yield {
             "path": made.place(artifact, path),
@@ -153,6 +163,15 @@ def _quantized(made: Made) -> Iterator[dict[str, str]]:
             "bits": str(artifact.lock.get("bits_per_weight", "-")),
             "measured": measured,
         }
+
+
+def _graphs(made: Made) -> Iterator[dict[str, str]]:
+    """Results in ONNX: the folder, and transformers.js's name of the kind, if it has one."""
+    names = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4", "int4-fp16": "q4f16"}
+    for artifact in made.artifacts:
+        if artifact.kind == "quantize" and artifact.lock.get("format") == "onnx":
+            folder = made.place(artifact, "").rstrip("/") or "."
+            yield {"folder": folder, "dtype": names.get(str(artifact.lock.get("scheme")), "")}
 
 
 def file_size(count: int) -> str:

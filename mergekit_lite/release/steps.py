@@ -18,35 +18,22 @@ from typing import Any
 import mergekit_lite
 from exporters.gguf.run import Options as GgufOptions
 from exporters.gguf.run import Request, prepare_gguf, run_gguf
-from exporters.linears.run import run_linears
-from exporters.schemes import BUILT_IN
-from exporters.targets import (
-    Calibration,
-    Wanted,
-    check_wanted,
-    cut_for,
-    describe_asked,
-    plan_target,
-)
 from mergekit_lite.adapters.locate import open_adapter, open_model
 from mergekit_lite.checkpoint.locate import Source
-from mergekit_lite.errors import PackError
-from mergekit_lite.evaluate.forward import require_torch, set_threads
-from mergekit_lite.evaluate.text import find_text, read_text
+from mergekit_lite.evaluate.text import read_text
 from mergekit_lite.merge.adapters import run_adapter_merge
 from mergekit_lite.merge.lock import LOCK_NAME, lock_inputs, stated_recipe
 from mergekit_lite.merge.model import open_whole
 from mergekit_lite.merge.run import Options, Progress, prepare, run_merge
 from mergekit_lite.recipe import Recipe
-from mergekit_lite.recipe.schema import CalibrationSection, QuantizeEntry
 from mergekit_lite.release.adapters import adapters_of, bundle_adapters
 from mergekit_lite.release.compared import compare_inputs
 from mergekit_lite.release.evaluated import check_thresholds, evaluate_results, text_of
 from mergekit_lite.release.gather import is_intact, weighing
 
 __all__ = [
-    "Place", "Step", "compare_step", "evaluate_step", "linear_steps", "make_step", "quantize_steps",
-    "wanted_of",
+    "Place", "Step", "compare_step", "evaluate_step", "make_step", "quantize_steps",
+
 ]  # fmt: skip
 
 
@@ -93,8 +80,8 @@ def make_step(recipe: Recipe, place: Place) -> Step:
     began = time.monotonic()
     folder = place.dist / "merged"
     prepared = prepare(recipe, place.home, place.options.shard_bytes)
-    lock = _lock(folder)
-    if _same_recipe(lock, recipe) and _is_of(lock, list(prepared.inputs.sources.values())):
+    lock = lock_of(folder)
+    if _same_recipe(lock, recipe) and is_of(lock, list(prepared.inputs.sources.values())):
         prepared.inputs.close()
         return Step("merge", False, time.monotonic() - began, folder)
     force = place.options.force or (folder / LOCK_NAME).is_file()
@@ -133,10 +120,10 @@ def _unless_there(
 ) -> Step:
     began = time.monotonic()
     folder = place.dist / kind
-    lock = _lock(folder)
+    lock = lock_of(folder)
     if _same_recipe(lock, recipe):
         with _opened(adapters, base, place.home) as sources:
-            if _is_of(lock, sources, unread=base if kind == "adapters" else None):
+            if is_of(lock, sources, unread=base if kind == "adapters" else None):
                 return Step(name, False, time.monotonic() - began, folder)
     run(folder, place.options.force or (folder / LOCK_NAME).is_file())
     return Step(name, True, time.monotonic() - began, folder)
@@ -169,8 +156,8 @@ def compare_step(recipe: Recipe, place: Place) -> Step | None:
     try:
         every = [open_model(name, place.home, opened) for name in (base, *others)]
         sources = list({part.reference: part for s in every for part in s.sources}.values())
-        lock = _lock(folder)
-        if lock.get("models") == [base, *others] and _is_of(lock, sources):
+        lock = lock_of(folder)
+        if lock.get("models") == [base, *others] and is_of(lock, sources):
             return Step("compare", False, time.monotonic() - began, folder)
         force = place.options.force or (folder / LOCK_NAME).is_file()
         done = compare_inputs(
@@ -195,7 +182,7 @@ def evaluate_step(recipe: Recipe, place: Place, made: Sequence[Step]) -> Step | 
         )
         for step in made[1:]
     }
-    locks = [_lock(step.folder) for step in made]
+    locks = [lock_of(step.folder) for step in made]
     text = read_text(text_of(section, place.home))
     fields = {
         "settings": section.model_dump(exclude_none=True),
@@ -209,8 +196,8 @@ def evaluate_step(recipe: Recipe, place: Place, made: Sequence[Step]) -> Step | 
     try:
         whole = open_model(section.reference, place.home, opened) if section.reference else None
         sources = list(whole.sources) if whole else []
-        lock = _lock(folder)
-        if lock and all(lock.get(k) == v for k, v in fields.items()) and _is_of(lock, sources):
+        lock = lock_of(folder)
+        if lock and all(lock.get(k) == v for k, v in fields.items()) and is_of(lock, sources):
             step = Step("evaluate", False, time.monotonic() - began, folder)
         else:
             force = place.options.force or (folder / LOCK_NAME).is_file()
@@ -230,7 +217,7 @@ def evaluate_step(recipe: Recipe, place: Place, made: Sequence[Step]) -> Step | 
     finally:
         for source in opened.values():
             source.checkpoint.close()
-    check_thresholds(section, _lock(folder).get("measured") or [])
+    check_thresholds(section, lock_of(folder).get("measured") or [])
     return step
 
 
@@ -241,13 +228,13 @@ def quantize_steps(model: Path, requests: Sequence[Request], place: Place) -> li
         return []
     whole = open_whole(model.name, model.parent)  # a name that is the same in any folder
     try:
-        locks = {request.folder: _lock(request.folder) for request in requests}
+        locks = {request.folder: lock_of(request.folder) for request in requests}
         missing = [
             request
             for request in requests
             if not locks[request.folder]
             or locks[request.folder].get("options")
-            or not _is_of(locks[request.folder], list(whole.sources))
+            or not is_of(locks[request.folder], list(whole.sources))
         ]
         if missing:
             force = place.options.force or any(
@@ -265,74 +252,7 @@ def quantize_steps(model: Path, requests: Sequence[Request], place: Place) -> li
     ]  # fmt: skip
 
 
-def linear_steps(
-    model: Path, entries: Sequence[QuantizeEntry], home: Path, place: Place
-) -> list[Step]:
-    """Quantize to all formats other than GGUF that are not there, one after the other.
-
-    Args:
-        model: Folder of the model.
-        entries: What the recipe asks for.
-        home: Folder that relative paths of the recipe start from.
-        place: Where results go.
-
-    Raises:
-        PackError: A text is not there, or the model cannot be quantized so.
-    """
-    steps = []
-    if entries:
-        require_torch(f"to: {entries[0].to}")
-        set_threads(place.options.threads)
-    for entry in entries:
-        began = time.monotonic()
-        wanted, calibration = wanted_of(entry, home, place.options.threads)
-        folder = place.dist / f"{entry.to}-{wanted.scheme}"
-        text = read_text(calibration.path)
-        name = BUILT_IN if calibration.path is None else text.name
-        asked = describe_asked(wanted, calibration, name, text.sha256)
-        whole = open_whole(model.name, model.parent)
-        try:
-            lock = _lock(folder)
-            same = lock.get("asked") == asked and not lock.get("options")
-            done = not (same and _is_of(lock, list(whole.sources)))
-            if done:
-                windows = cut_for(whole, calibration) if wanted.looks else None
-                force = place.options.force or (folder / LOCK_NAME).is_file()
-                request = plan_target(wanted, whole, windows, folder, force)
-                run_linears(whole, request, place.progress)
-        finally:
-            whole.close()
-        seconds = time.monotonic() - began if done else 0.0
-        steps.append(Step(f"{entry.to} {wanted.scheme}", done, seconds, folder))
-    return steps
-
-
-def wanted_of(entry: QuantizeEntry, home: Path, threads: int) -> tuple[Wanted, Calibration]:
-    """What an entry of a recipe asks for.
-
-    Raises:
-        PackError: There is no such scheme, or its text is not there.
-    """
-    section = entry.calibration or CalibrationSection()
-    path = None if section.text is None else find_text(section.text, home)
-    if section.text is not None and path is None:
-        raise PackError(
-            f"{section.text}: there is no such text",
-            "Correct text: in the recipe's calibration:.",
-        )
-    wanted = Wanted(
-        entry.to, entry.scheme.lower(), entry.format, entry.calibrate is not False, threads=threads
-    )
-    check_wanted(wanted)
-    if entry.calibration is not None and not wanted.looks:
-        raise PackError(
-            f"{entry.to} {entry.scheme} does not run the model: calibration: has no effect",
-            "Leave it out.",
-        )
-    return wanted, Calibration(path, section.context, section.windows, section.seed)
-
-
-def _lock(folder: Path) -> Mapping[str, Any]:
+def lock_of(folder: Path) -> Mapping[str, Any]:
     """The lock of a result that is whole; empty otherwise."""
     try:
         found = json.loads((folder / LOCK_NAME).read_text("utf-8"))
@@ -351,7 +271,7 @@ def _same_recipe(lock: Mapping[str, Any], recipe: Recipe) -> bool:
     return bool(lock) and weighing(lock.get("recipe") or {}) == weighing(stated_recipe(recipe))
 
 
-def _is_of(lock: Mapping[str, Any], sources: Sequence[Source], unread: str | None = None) -> bool:
+def is_of(lock: Mapping[str, Any], sources: Sequence[Source], unread: str | None = None) -> bool:
     """Whether a lock is of this version of pack and of these inputs as they are now.
 
     Of the one that is `unread`, no weight went in.
