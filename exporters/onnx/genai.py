@@ -55,6 +55,7 @@ def build(model: Any, config: Mapping[str, Any], half: bool) -> Graph:
                         "extra_kwargs": {}, "hf_name": name, "hf_config": _config(config, name),
                     },
                     "windowed_kv_cache": False,
+                    "shared_embeddings": bool(getattr(model.config, "tie_word_embeddings", False)),
                 }  # fmt: skip
                 builder.create_model(
                     "", name, name, precision, provider, f"{name}/cache", **options

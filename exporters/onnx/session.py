@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,6 @@ def require_onnxruntime(what: str) -> None:
     Raises:
         PackError: Something is missing.
     """
-    from importlib.util import find_spec
-
     wanted = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
     missing = next((name for name in wanted if find_spec(name) is None), None)
     if missing is not None:
