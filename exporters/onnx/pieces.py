@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from exporters.linears.quantized import Quantized
 from exporters.onnx.deferred import Deferred, Read
-from mergekit_lite.dtypes import DTYPES, Array
+from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import PackError
-from mergekit_lite.kernels.cast import encode
 
-__all__ = ["Piece", "as_blocks", "float_piece", "gathered_blocks", "whole_bytes"]
+__all__ = ["Piece", "as_blocks", "float_piece", "whole_bytes"]
+
+
+_SLICE = 1 << 22
+"""Elements that are converted at a time."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,14 @@ class Piece:
 
     Attributes:
         names: Of the initializers.
-        make: Gives their content in that order, of their types and shapes; bfloat16 as uint16.
+        make: Gives the content of each in that order: arrays that follow one another in the file,
+            of the initializer's type, bfloat16 as int16.
         elements: Weights of the model that they stand for, for the progress shown.
     """
 
     names: tuple[str, ...]
-    make: Callable[[Read], Sequence[Array]]
+    make: Callable[[Read], Sequence[Iterable[Array]]]
     elements: int
-
-
-_KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def float_piece(name: str, weight: Deferred, kind: str) -> Piece:
@@ -42,25 +44,30 @@ def float_piece(name: str, weight: Deferred, kind: str) -> Piece:
         weight: Its values.
         kind: ``float32``, ``float16`` or ``bfloat16``.
     """
+    return Piece((name,), lambda read: [_parts(name, weight.read(read), kind)], weight.numel())
 
-    def make(read: Read) -> list[Array]:
-        found = weight.read(read)
-        if not found.is_floating_point():
-            return [np.ascontiguousarray(found.numpy())]
-        values = np.ascontiguousarray(found.float().numpy())
-        if kind == "float32":
-            return [values]
-        dtype = DTYPES[_KINDS[kind]]
-        out = np.empty(values.size, dtype.storage)
-        encode(values.reshape(-1), dtype, out)
-        if kind == "float16" and not np.isfinite(out.view(np.float16)).all():
+
+def _parts(name: str, values: Any, kind: str) -> Iterator[Array]:
+    """A tensor in slices of its first dimension, each laid out as a file has it.
+
+    Raises:
+        PackError: A value is too large for float16.
+    """
+    import torch
+
+    if not values.is_floating_point():
+        yield np.ascontiguousarray(values.numpy())
+        return
+    if values.ndim == 0:
+        values = values.reshape(1)
+    step = max(1, _SLICE // max(1, values[:1].numel()))
+    for start in range(0, len(values), step):
+        part = values[start : start + step].to(getattr(torch, kind)).contiguous()
+        if kind == "float16" and not bool(torch.isfinite(part).all()):
             raise PackError(
-                f"'{name}' has values that float16 cannot hold",
-                "Choose bf16, or fp32.",
+                f"'{name}' has values that float16 cannot hold", "Choose bf16, or fp32."
             )
-        return [out.reshape(values.shape)]
-
-    return Piece((name,), make, weight.numel())
+        yield part.view(torch.int16).numpy() if kind == "bfloat16" else part.numpy()
 
 
 def as_blocks(held: Sequence[Quantized], bits: int, zeros: bool) -> list[Array]:
@@ -90,11 +97,6 @@ def as_blocks(held: Sequence[Quantized], bits: int, zeros: bool) -> list[Array]:
         points = np.concatenate([part.zeros.T for part in held])
         found.append(_nibbles(points) if bits == 4 else np.ascontiguousarray(points))
     return found
-
-
-def gathered_blocks(arrays: Sequence[Array]) -> list[Array]:
-    """The same for GatherBlockQuantized: codes are ``(N, K)`` or, of 4 bits, ``(N, K/2)``."""
-    return [arrays[0].reshape(len(arrays[0]), -1), *arrays[1:]]
 
 
 def _nibbles(codes: Array) -> Array:

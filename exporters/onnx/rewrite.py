@@ -13,7 +13,7 @@ from exporters.linears.quantized import Grid, Quantized, rounded
 from exporters.linears.scheme import Scheme
 from exporters.onnx.deferred import Deferred, Read, Rows, rows_of
 from exporters.onnx.graph import Graph
-from exporters.onnx.pieces import Piece, as_blocks, float_piece, gathered_blocks, whole_bytes
+from exporters.onnx.pieces import Piece, as_blocks, float_piece, whole_bytes
 from exporters.onnx.schemes import OnnxScheme
 from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import PackError
@@ -234,12 +234,12 @@ class _Rewriter:
         grid = Grid(Scheme(bits, block, symmetric), 0, "F16" if self.asked.scheme.half else "F32")
         half, threads = self.asked.scheme.half, self.asked.threads
 
-        def make(read: Read) -> list[Array]:
+        def make(read: Read) -> list[list[Array]]:
             parts = held() if held is not None else [_round(name, matrix, read, grid, threads)]
             found = as_blocks(parts, bits, not symmetric)
             if half:
                 found[1] = found[1].astype(np.float16)
-            return found
+            return [[array] for array in found]
 
         self.pieces[names[0]] = Piece(tuple(names), make, rows * columns)
         if held is not None:
@@ -270,9 +270,9 @@ class _Rewriter:
         scales = self._add(f"{name}_scales", self._float, (rows,))
         matrix = product.matrix
 
-        def make(read: Read) -> list[Array]:
+        def make(read: Read) -> list[list[Array]]:
             found, scale = whole_bytes(_finite(name, matrix, read))
-            return [np.ascontiguousarray(found.T), scale]
+            return [[np.ascontiguousarray(found.T)], [scale]]
 
         self.pieces[f"{name}_uint8"] = Piece(
             (f"{name}_uint8", f"{name}_scales"), make, rows * columns
@@ -348,11 +348,6 @@ class _Rewriter:
             codes.shape = onnx_ir.Shape([rows, columns])
             codes.const_value = onnx_ir.LazyTensor(
                 _absent, dtype=onnx_ir.DataType.UINT8, shape=codes.shape, name=codes.name
-            )
-            piece = self.pieces[names[0]]
-            make = piece.make
-            self.pieces[names[0]] = Piece(
-                piece.names, lambda read: gathered_blocks(make(read)), piece.elements
             )
         made = onnx_ir.node(
             "GatherBlockQuantized", [codes, node.inputs[1], self.ir.initializers[names[1]]],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ FORMAT = 1
 """Raised whenever the same model begins to give other bytes; part of a fingerprint."""
 FOLDER = "onnx"
 """Where transformers.js and optimum look for graphs."""
-_BUDGET = 768 << 20
+_BUDGET = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _run(
     path = f"{FOLDER}/{scheme.file}.onnx"
     write_durably(writer.partial / path, laid.graph)
     check_form(writer.partial / path)
-    run = GraphRun(writer.partial / path, _BUDGET, request.threads)
+    run = GraphRun(writer.partial / path, _BUDGET, request.threads, scheme.bits is not None)
     checked = check(model.checkpoint, graph.kind, scheme, run, graph.route, progress)
     files = {
         **small_files(model.files, model.checkpoint.config, scheme.file, laid.chunks),
@@ -267,19 +267,22 @@ def _write(
     )  # fmt: skip
     spans = {name: entry for shard in laid.shards for name, entry in shard.header.entries.items()}
 
-    def put(name: str, array: Array) -> None:
+    def put(name: str, parts: Iterable[Array]) -> None:
         if name not in todo:
             return
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        writer.write(name, 0, raw)
-        rest = spans[name].end - spans[name].start - raw.size
+        at = 0
+        for part in parts:
+            raw = part.reshape(-1).view(np.uint8)
+            writer.write(name, at, raw)
+            at += raw.size
+        rest = spans[name].end - spans[name].start - at
         if rest:
-            writer.write(name, raw.size, np.zeros(rest, np.uint8))
+            writer.write(name, at, np.zeros(rest, np.uint8))
         writer.tensor_done(name, 0)
 
     def work(piece: Piece) -> int:
-        for name, array in zip(piece.names, piece.make(parts.parameter), strict=True):
-            put(name, array)
+        for name, arrays in zip(piece.names, piece.make(parts.parameter), strict=True):
+            put(name, arrays)
         return piece.elements
 
     wanted = [piece for piece in made.pieces if todo & set(piece.names)]
@@ -295,4 +298,4 @@ def _write(
         raise
     pool.shutdown()
     for name, array in laid.constants.items():
-        put(name, array)
+        put(name, [array])

@@ -55,6 +55,8 @@ class GraphRun:
         budget: Bytes of weights that may be in memory; a larger graph is run in pieces, each of
             which is loaded when its turn comes.
         threads: Of onnxruntime.
+        prepack: Whether a graph in pieces lays its weights out anew before it runs them. That pays
+            for codes, and for floats only if a piece is run often.
 
     Attributes:
         inputs: Types and shapes by name; symbols are strings.
@@ -66,8 +68,9 @@ class GraphRun:
         PackError: onnxruntime does not take it.
     """
 
-    def __init__(self, path: Path, budget: int, threads: int) -> None:
+    def __init__(self, path: Path, budget: int, threads: int, prepack: bool = True) -> None:
         self._path = path
+        self._prepack = prepack
         self._threads = threads
         self.seconds = 0.0
         try:
@@ -188,6 +191,8 @@ class GraphRun:
         options.log_severity_level = 4
         options.add_session_config_entry(_FOLDER, str(self._path.parent))
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if len(self._stages) > 1 and not self._prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             made = onnxruntime.InferenceSession(
                 self._stages[at].message, options, providers=["CPUExecutionProvider"]
