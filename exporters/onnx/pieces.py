@@ -62,7 +62,10 @@ def _parts(name: str, values: Any, kind: str) -> Iterator[Array]:
         values = values.reshape(1)
     step = max(1, _SLICE // max(1, values[:1].numel()))
     for start in range(0, len(values), step):
-        part = values[start : start + step].to(getattr(torch, kind)).contiguous()
+        part = values[start : start + step]
+        if part.ndim == 2 and not part.is_contiguous():  # torch turns whole matrices fast
+            part = part.t().contiguous().t()
+        part = part.to(getattr(torch, kind)).contiguous()
         if kind == "float16" and not bool(torch.isfinite(part).all()):
             raise PackError(
                 f"'{name}' has values that float16 cannot hold", "Choose bf16, or fp32."

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from exporters.linears.quantized import Grid, Quantized, rounded
+from exporters.linears.quantized import STEPS, Grid, Quantized, rounded
 from exporters.linears.scheme import Scheme
 from exporters.onnx.deferred import Deferred, Read, Rows, rows_of
 from exporters.onnx.graph import Graph
@@ -37,7 +37,6 @@ class Asked:
         scheme: Kind of file.
         block: Weights that share a scale, of 4 bits.
         symmetric: Whether the zero point is the middle of the codes.
-        threads: Worker threads.
         exempt: Parameters that stay floats (routers of experts).
         head: Parameters that get 8 bits where others get 4: embedding and head.
         codes: Codes that parameters have already.
@@ -48,7 +47,6 @@ class Asked:
     scheme: OnnxScheme
     block: int
     symmetric: bool
-    threads: int
     exempt: frozenset[str]
     head: frozenset[str]
     codes: Codes = lambda _: None
@@ -232,10 +230,10 @@ class _Rewriter:
             names.append(f"{name}_zero_points")
             self._add(names[2], onnx_ir.DataType.UINT8, (rows, -(-count * bits // 8)))
         grid = Grid(Scheme(bits, block, symmetric), 0, "F16" if self.asked.scheme.half else "F32")
-        half, threads = self.asked.scheme.half, self.asked.threads
+        half = self.asked.scheme.half
 
         def make(read: Read) -> list[list[Array]]:
-            parts = held() if held is not None else [_round(name, matrix, read, grid, threads)]
+            parts = held() if held is not None else [_round(name, matrix, read, grid)]
             found = as_blocks(parts, bits, not symmetric)
             if half:
                 found[1] = found[1].astype(np.float16)
@@ -428,10 +426,14 @@ def _finite(name: str, matrix: Deferred, read: Read) -> Array:
     return weights
 
 
-def _round(name: str, matrix: Deferred, read: Read, grid: Grid, threads: int) -> Quantized:
-    weights = _finite(name, matrix, read)
-    block = grid.scheme.size(weights.shape[1])
-    rest = -weights.shape[1] % block
+def _round(name: str, matrix: Deferred, read: Read, grid: Grid) -> Quantized:
+    import torch
+
+    weights = torch.from_numpy(_finite(name, matrix, read))
+    rest = -weights.shape[1] % grid.scheme.size(weights.shape[1])
     if rest:
-        weights = np.pad(weights, ((0, 0), (0, rest)))
-    return rounded(np.ascontiguousarray(weights.T), None, grid, threads)
+        weights = torch.nn.functional.pad(weights, (0, rest))
+    laid = weights.t().contiguous().numpy()
+    # With as many codes as 8 bits have, a search for scales finds nothing better. Matrices are
+    # rounded side by side, so each takes one thread.
+    return rounded(laid, None, grid, 1, STEPS if grid.scheme.bits < _HEAD_BITS else 1)

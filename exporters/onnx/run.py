@@ -135,7 +135,7 @@ def _run(
     weights = request.rounded or model.checkpoint
     graph, parts = build_graph(weights, request.route, scheme.half)
     made = rewrite(graph, Asked(
-        scheme, request.block, request.symmetric, request.threads, _routers(parts),
+        scheme, request.block, request.symmetric, _routers(parts),
         _head(parts.model), codes_of(weights, parts),
     ))  # fmt: skip
     laid = lay_out_graph(made, FOLDER, scheme.file, {})

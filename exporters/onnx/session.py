@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +28,19 @@ _NUMPY = {
 
 @dataclass(frozen=True)
 class _Stage:
-    """A part of a graph: a message of its own, what goes in and what comes out."""
+    """A part of a graph.
+
+    Attributes:
+        message: A graph of its own.
+        inputs: What goes in.
+        outputs: What comes out.
+        spans: Where its weights lie: file, first byte, bytes.
+    """
 
     message: bytes
     inputs: Sequence[str]
     outputs: Sequence[str]
+    spans: Sequence[tuple[str, int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,7 @@ class GraphRun:
         for stage in reversed(self._stages[1:]):
             later.append(later[-1] | set(stage.inputs))
         for at, (stage, wanted) in enumerate(zip(self._stages, reversed(later), strict=True)):
+            self._ask_for(self._stages[at : at + 2])
             session = self._session(at)
             for feed, values in zip(feeds, held, strict=True):
                 given = {name: self._value(name, feed, values, held) for name in stage.inputs}
@@ -179,6 +189,18 @@ class GraphRun:
             for index in range(len(self.cache.layers)) for part in ("key", "value")
         }  # fmt: skip
         return found["logits"].astype(np.float32), cache
+
+    def _ask_for(self, stages: Sequence[_Stage]) -> None:
+        """Let the system read weights ahead; onnxruntime maps them and would wait page by page."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for stage in stages:
+            for file, offset, length in stage.spans:
+                fd = os.open(self._path.parent / file, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(fd)
 
     def _session(self, at: int) -> Any:
         """The session of a piece; only a graph in one piece keeps it."""
@@ -234,11 +256,17 @@ def _shape(value: Any) -> tuple[int | str | None, ...]:
     )
 
 
+def _span(tensor: Any) -> tuple[str, int, int] | None:
+    """File, first byte and bytes of an initializer beside the graph; None for one inside it."""
+    stated = {entry.key: entry.value for entry in tensor.external_data}
+    if "location" not in stated:
+        return None
+    return stated["location"], int(stated.get("offset", 0)), int(stated.get("length", 0))
+
+
 def _size(tensor: Any) -> int:
-    for entry in tensor.external_data:
-        if entry.key == "length":
-            return int(entry.value)
-    return int(tensor.ByteSize())
+    span = _span(tensor)
+    return int(tensor.ByteSize()) if span is None else span[2]
 
 
 def _cut(model: Any, budget: int) -> list[_Stage]:
@@ -296,5 +324,6 @@ def _stages(model: Any, groups: Sequence[Sequence[Any]], initializers: Any) -> l
                     )
                 value.type.tensor_type.elem_type = kind
                 target.append(value)
-        found.append(_Stage(piece.SerializeToString(), inputs, outputs))
+        spans = [span for tensor in piece.graph.initializer if (span := _span(tensor))]
+        found.append(_Stage(piece.SerializeToString(), inputs, outputs, spans))
     return found
