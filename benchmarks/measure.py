@@ -82,8 +82,10 @@ def median_floor(floors: Sequence[Floor]) -> Floor:
 
 
 def weights(folder: Path) -> list[Path]:
-    """Return the `.safetensors` and `.gguf` files of a folder, sorted by name."""
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
+    """Return the `.safetensors`, `.gguf` and `.onnx` files of a folder, sorted by name."""
+    patterns = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx_data", "*.onnx.data",
+                "onnx/*.onnx", "onnx/*.onnx_data*")  # fmt: skip
+    return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
 
 def digest(folder: Path) -> str:

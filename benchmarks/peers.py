@@ -19,6 +19,7 @@ MERGEKIT = "mergekit==0.1.5"
 TORCH = "torch==2.13.0"
 QUANTIZERS = {"gptqmodel": "gptqmodel==7.7.0", "llmcompressor": "llmcompressor==0.14.0.1"}
 # Both programs read local folders only; neither may wait for a network.
+OPTIMUM = "optimum-onnx==0.1.0"
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _REPORTED = ("mergekit", "torch", "transformers", "safetensors", "numpy")
@@ -36,6 +37,15 @@ def quantizer_environment(name: str) -> Path:
     A torch that the program's own metadata refuses is replaced.
     """
     return _environment(name, QUANTIZERS[name], [[TORCH], [QUANTIZERS[name]]])
+
+
+def optimum_environment() -> Path:
+    """Install optimum-onnx into its own environment, once; return its folder.
+
+    It pins transformers 4 and still exports through TorchScript.
+    """
+    steps = [[TORCH], [OPTIMUM, "onnxruntime==1.31.1", "onnxscript==0.7.2", "accelerate"]]
+    return _environment("optimum", OPTIMUM, steps)
 
 
 def _environment(name: str, package: str, steps: Sequence[Sequence[str]]) -> Path:

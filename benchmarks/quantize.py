@@ -131,7 +131,7 @@ def main() -> None:
         for name, model in (("example, 2.2M", _EXAMPLE), ("trained, 11M", trained))
     ]
     if not arguments.small:
-        jobs.append(Job("random, 1.1B", _with_tokenizer(trained), 128, 16, 4, measured=False))
+        jobs.append(Job("random, 1.1B", with_tokenizer(trained), 128, 16, 4, measured=False))
     rows, kept = [], []
     for job in jobs:
         measured, outputs = {}, {}
@@ -159,7 +159,7 @@ def main() -> None:
     print(report.table(head, rows))
 
 
-def _with_tokenizer(trained: Path) -> Path:
+def with_tokenizer(trained: Path) -> Path:
     """The 1.1B shape with a tokenizer beside a link to its weights."""
     base = make_family(WORK / "tinyllama", TINYLLAMA, "BF16")["base"]
     folder = WORK / "tinyllama-quantize"

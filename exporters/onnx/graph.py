@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mergekit_lite.errors import PackError
+
 if TYPE_CHECKING:
     import onnx_ir
 
@@ -54,13 +56,31 @@ class Cache:
     layers: tuple[tuple[int, int, int], ...]
 
 
-def cache_of(inputs: Mapping[str, tuple[int | str | None, ...]]) -> Cache:
-    """Read the shapes of a cache from those of a graph's inputs."""
+def cache_of(
+    inputs: Mapping[str, tuple[int | str | None, ...]],
+    stated: tuple[int | None, int | None] = (None, None),
+) -> Cache:
+    """Read the shapes of a cache from those of a graph's inputs.
+
+    Args:
+        inputs: Shapes by name; symbols are strings.
+        stated: Number and size of heads, for a graph that leaves them open.
+
+    Raises:
+        PackError: Nobody says them.
+    """
     found: list[tuple[int, int, int]] = []
     while (key := PAST.format(len(found), "key")) in inputs:
         value = inputs[PAST.format(len(found), "value")]
-        heads, size = inputs[key][1], inputs[key][3]
-        assert isinstance(heads, int) and isinstance(size, int)  # noqa: S101, PT018 (as exported)
-        assert isinstance(value[3], int)  # noqa: S101 (as exported)
-        found.append((heads, size, value[3]))
+        sizes = [inputs[key][1], inputs[key][3], value[3]]
+        known = [
+            size if isinstance(size, int) else other
+            for size, other in zip(sizes, (stated[0], stated[1], stated[1]), strict=True)
+        ]
+        heads, keys, values = known
+        if heads is None or keys is None or values is None:
+            raise PackError(
+                f"the graph does not say how large '{key}' is", "Put its config.json beside it."
+            )
+        found.append((heads, keys, values))
     return Cache(tuple(found))

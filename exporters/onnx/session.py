@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -94,6 +95,7 @@ class GraphRun:
         }
         self.outputs = [value.name for value in model.graph.output]
         self._stages = _cut(model, budget)
+        self._stated = _heads_of(path)
         self._sessions: dict[int, Any] = {}
 
     @property
@@ -104,7 +106,7 @@ class GraphRun:
     @property
     def cache(self) -> Cache:
         """Shapes of the cache; of an encoder without layers."""
-        return cache_of({name: shape for name, (_, shape) in self.inputs.items()})
+        return cache_of({name: shape for name, (_, shape) in self.inputs.items()}, self._stated)
 
     def feed(self, ids: Array, after: int | None = None, before: int = 0) -> Feed:
         """What a decoder is given for some tokens.
@@ -239,6 +241,20 @@ def require_onnxruntime(what: str) -> None:
             f"{what} needs '{missing}', which is not installed",
             "pip install 'pack-models[onnx]'",
         )
+
+
+def _heads_of(path: Path) -> tuple[int | None, int | None]:
+    """Number and size of heads by the config beside a graph, which may leave them open."""
+    for folder in (path.parent, path.parent.parent):
+        if (folder / "config.json").is_file():
+            config = json.loads((folder / "config.json").read_text("utf-8"))
+            attention = config.get("num_attention_heads")
+            heads = config.get("num_key_value_heads") or attention
+            size = config.get("head_dim")
+            if size is None and attention and config.get("hidden_size"):
+                size = config["hidden_size"] // attention
+            return heads, size
+    return None, None
 
 
 def _explained(path: Path, error: Exception) -> PackError:

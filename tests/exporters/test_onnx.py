@@ -411,7 +411,6 @@ def test_calibrated(pack: Pack, example_models: Path, tmp_path: Path) -> None:
     builder.create_model(
         None, str(model), str(own / "onnx"), "int4", "cpu", str(tmp_path / "cache"), **options
     )
-    _state_head_size(graph_of(own), 64)
     shutil.copy(model / "config.json", own)
     held_out = ROOT / "CONTRIBUTING.md"
     words = ("--reference", model, "--text", held_out, "--context", 256, "--windows", 24, "--json")
@@ -419,16 +418,6 @@ def test_calibrated(pack: Pack, example_models: Path, tmp_path: Path) -> None:
     assert ran.code == 0, ran.err
     theirs, ours, calibrated = (one["kl_mean"] for one in json.loads(ran.out)["models"][1:])
     assert calibrated < ours < theirs
-
-
-def _state_head_size(path: Path, size: int) -> None:
-    """The builder leaves it open; whoever feeds a cache has to know it."""
-    model = onnx.load(path, load_external_data=False)
-    for value in (*model.graph.input, *model.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param == "kv_cache_dim":
-                dim.dim_value = size
-    onnx.save(model, path)
 
 
 def test_a_recipe_with_onnx(pack: Pack, example_models: Path, tmp_path: Path) -> None:
