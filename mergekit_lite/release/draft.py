@@ -173,8 +173,14 @@ def _order(entry: Mapping[str, Any]) -> str:
     section["text"] = Path(str(section.get("text") or "")).name
     plain = (target, scheme) in WEIGHTS_ALONE
     return json.dumps(
-        [target, scheme, entry.get("format"), calibrated and not plain, {} if plain else section,
-         *(entry.get(key) for key in ("block", "symmetric", "graph"))],
+        [
+            target,
+            scheme,
+            entry.get("format"),
+            calibrated and not plain,
+            {} if plain else section,
+            *(entry.get(key) for key in ("block", "symmetric", "graph")),
+        ],
         sort_keys=True,
     )
 
