@@ -40,12 +40,25 @@ def small_files(
         settings = json.loads(found.get("tokenizer_config.json", b"{}"))
         if "chat_template.jinja" in found and "chat_template" not in settings:
             settings["chat_template"] = found["chat_template.jinja"].decode()
+        _as_before(settings)
         found["tokenizer_config.json"] = to_json(settings)
     return found
 
 
+def _as_before(settings: dict[str, Any]) -> None:
+    """Say what transformers 5 says in a new way as transformers 4 reads it; both know the old way.
+
+    optimum's runtime for ONNX comes with transformers 4, which does not read a tokenizer otherwise.
+    """
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        extra = settings.pop("extra_special_tokens")
+        settings.setdefault("additional_special_tokens", extra)
+
+
 def genai_config(
-    config: Mapping[str, Any],
+    config: Any,
     files: Mapping[str, bytes],
     cache: Cache,
     names: tuple[list[str], list[str]],
@@ -54,7 +67,8 @@ def genai_config(
     """``genai_config.json``, by which onnxruntime-genai runs a decoder.
 
     Args:
-        config: The model's config.json.
+        config: transformers' configuration of the model, which knows sizes by one name where files
+            have several.
         files: Its small files.
         cache: Shapes of its cache.
         names: Inputs and outputs of the graph.
@@ -66,16 +80,19 @@ def genai_config(
 
     def either(key: str, default: Any) -> Any:
         found = stated.get(key)
-        found = config.get(key) if found is None else found
+        found = getattr(config, key, None) if found is None else found
         return default if found is None else found
 
     heads, size, _ = cache.layers[0]
     inputs, _ = names
     known = {"input_ids", "attention_mask", "position_ids"}
-    end = either("eos_token_id", 2)
-    first_end = end[0] if isinstance(end, list) else end
-    length = config.get("max_position_embeddings") or config.get("n_positions") or 2048
-    attention = config.get("num_attention_heads") or config.get("n_head")
+    end = either("eos_token_id", [])
+    # genai refuses a model with an ending token outside of the vocabulary.
+    ends = [token for token in (end if isinstance(end, list) else [end])
+            if 0 <= token < config.vocab_size]  # fmt: skip
+    first_end = ends[0] if ends else 0
+    lengths = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len"))
+    length = next((size for size in lengths if isinstance(size, int) and size > 0), 2048)
     return to_json({
         "model": {
             "bos_token_id": either("bos_token_id", first_end),
@@ -83,13 +100,13 @@ def genai_config(
             "decoder": {
                 "filename": path,
                 "head_size": size,
-                "hidden_size": config.get("hidden_size") or config.get("n_embd"),
+                "hidden_size": config.hidden_size,
                 "inputs": {
                     **{name: name for name in inputs if name in known},
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },
-                "num_attention_heads": attention,
+                "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": len(cache.layers),
                 "num_key_value_heads": heads,
                 "outputs": {
@@ -99,10 +116,10 @@ def genai_config(
                 },
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
             },
-            "eos_token_id": end,
+            "eos_token_id": ends[0] if len(ends) == 1 else ends,
             "pad_token_id": either("pad_token_id", first_end),
             "type": "decoder",
-            "vocab_size": config["vocab_size"],
+            "vocab_size": config.vocab_size,
         },
         "search": {
             "do_sample": bool(stated.get("do_sample", False)),

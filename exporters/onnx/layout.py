@@ -75,7 +75,7 @@ def lay_out_graph(made: Rewritten, folder: str, stem: str, linked: Mapping[str, 
     names = [name for piece in made.pieces for name in piece.names if name not in linked]
     constants = {}
     for name, value in graph.initializers.items():
-        if name in made.shared or name in linked or name in names:
+        if name in linked or name in names:
             continue
         array = np.asarray(value.const_value.numpy(), order="C")
         if array.nbytes >= INLINE:
@@ -86,8 +86,6 @@ def lay_out_graph(made: Rewritten, folder: str, stem: str, linked: Mapping[str, 
     places = _places(graph, names, stem)
     for name, (file, offset, length) in linked.items():
         places[name] = Place(file, offset, length)
-    for name, other in made.shared.items():
-        places[name] = places[other]
     for name, place in places.items():
         value = graph.initializers[name]
         value.const_value = onnx_ir.ExternalTensor(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +60,12 @@ class Rewritten:
     Attributes:
         model: The graph.
         pieces: What makes initializers, in the order of the file.
-        shared: Initializers that are the bytes of another one.
         rounded: Number of matrices that became smaller.
         kept: Number of those whose codes were there already.
     """
 
     model: Any
     pieces: Sequence[Piece]
-    shared: Mapping[str, str]
     rounded: int
     kept: int
 
@@ -95,7 +93,6 @@ class _Rewriter:
         self.ir = graph.model.graph
         self.asked = asked
         self.pieces: dict[str, Piece] = {}
-        self.shared: dict[str, str] = {}
         self.rounded = 0
         self.kept = 0
         self._inputs: dict[int, tuple[Any, Any, Any]] = {}
@@ -127,7 +124,7 @@ class _Rewriter:
         order = [piece for name, piece in self.pieces.items() if name in self.ir.initializers]
         self.graph.model.opset_imports.setdefault(_MS, 1)
         self.ir.sort()
-        return Rewritten(self.graph.model, order, self.shared, self.rounded, self.kept)
+        return Rewritten(self.graph.model, order, self.rounded, self.kept)
 
     def _products(self) -> Iterator[_Product]:
         deferred = self.graph.deferred
@@ -265,7 +262,7 @@ class _Rewriter:
         rows, columns = product.matrix.shape
         name = product.name
         codes = self._add(f"{name}_uint8", onnx_ir.DataType.UINT8, (columns, rows))
-        scales = self._add(f"{name}_scales", self._float, (rows,))
+        scales = self._add(f"{name}_uint8_scales", self._float, (rows,))
         matrix = product.matrix
 
         def make(read: Read) -> list[list[Array]]:
@@ -273,7 +270,7 @@ class _Rewriter:
             return [[np.ascontiguousarray(found.T)], [scale]]
 
         self.pieces[f"{name}_uint8"] = Piece(
-            (f"{name}_uint8", f"{name}_scales"), make, rows * columns
+            (f"{name}_uint8", f"{name}_uint8_scales"), make, rows * columns
         )
         given, factor, zero = self._bytes_of(product.node.inputs[0], product.node)
         middle = self._constant("zero_point_128", np.array(128, np.uint8))
@@ -333,29 +330,40 @@ class _Rewriter:
         matrix = weight.t() if tied else weight
         if matrix.ndim != 2 or matrix.shape[1] % _HEAD_BLOCK or not self._is_head(matrix):
             return
-        shared = name in self._heads and not self.asked.scheme.dynamic
+        known = name in self._heads
         names = self._block_initializers(name, matrix, _HEAD_BITS, _HEAD_BLOCK)
-        rows, columns = matrix.shape
-        if shared:  # the same bytes under another shape
-            own = f"{names[0]}_rows"
-            self._add(own, onnx_ir.DataType.UINT8, (rows, columns))
-            self.shared[own] = names[0]
-            codes = self.ir.initializers[own]
-        else:
-            codes = self.ir.initializers[names[0]]
-            codes.shape = onnx_ir.Shape([rows, columns])
-            codes.const_value = onnx_ir.LazyTensor(
-                _absent, dtype=onnx_ir.DataType.UINT8, shape=codes.shape, name=codes.name
+        codes, scales = (self.ir.initializers[part] for part in names)
+        self._replace(node, *self._rows(codes, scales, node.inputs[1], node.name or name))
+        self.rounded += not known
+
+    def _rows(self, codes: Any, scales: Any, ids: Any, base: str) -> tuple[list[Any], Any]:
+        """Nodes that take rows out of blocks of bytes, and what they give.
+
+        These are ONNX's own operators: onnxruntime's for browsers has GatherBlockQuantized for
+        WebGPU only.
+        """
+        kind, int64 = self._float, onnx_ir.DataType.INT64
+        half = np.float16 if self.asked.scheme.half else np.float32
+        middle = self._constant("middle_of_bytes", np.array(1 << (_HEAD_BITS - 1), half))
+        last = self._constant("last_dimension", np.array([-1], np.int64))
+        columns = codes.shape[1] * codes.shape[2]
+        width = self._constant(f"{codes.name}_columns", np.array([columns], np.int64))
+        made: list[Any] = []
+
+        def add(operator: str, inputs: Sequence[Any], dtype: Any, **attributes: Any) -> Any:
+            node = onnx_ir.node(
+                operator, inputs, attributes=attributes, name=f"{base}/{len(made)}/{operator}"
             )
-        made = onnx_ir.node(
-            "GatherBlockQuantized", [codes, node.inputs[1], self.ir.initializers[names[1]]],
-            domain=_MS,
-            attributes={"bits": _HEAD_BITS, "block_size": _HEAD_BLOCK, "gather_axis": 0,
-                        "quantize_axis": 1},
-            name=f"{node.name or name}/GatherBlockQuantized",
-        )  # fmt: skip
-        self._replace(node, [made], made.outputs[0])
-        self.rounded += not shared
+            node.outputs[0].dtype = dtype
+            made.append(node)
+            return node.outputs[0]
+
+        rows = add("Gather", [codes, ids], codes.dtype, axis=0)
+        floats = add("Sub", [add("Cast", [rows], kind, to=kind), middle], kind)
+        factors = add("Unsqueeze", [add("Gather", [scales, ids], kind, axis=0), last], kind)
+        blocks = add("Mul", [floats, factors], kind)
+        shape = add("Concat", [add("Shape", [ids], int64), width], int64, axis=0)
+        return made, add("Reshape", [blocks, shape], kind)
 
     def _is_head(self, matrix: Any) -> bool:
         return bool(self.asked.head & set(matrix.parameters()))

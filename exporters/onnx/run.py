@@ -163,7 +163,7 @@ def _run(
     }
     if graph.kind == "decoder":
         files["genai_config.json"] = genai_config(
-            model.checkpoint.config, model.files, run.cache,
+            parts.model.config, model.files, run.cache,
             (list(run.inputs), run.outputs), path,
         )  # fmt: skip
     progress.begin("Check inputs", 0)

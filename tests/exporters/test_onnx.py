@@ -292,25 +292,20 @@ def test_codes_of_bytes(tmp_path: Path) -> None:
     held = _initializers(tmp_path / "out")
     weights = model.model.layers[0].mlp.up_proj.weight.detach().numpy()
     name = "model.layers.0.mlp.up_proj.weight"
-    values = (held[f"{name}_uint8"].astype(np.float32) - 128) * held[f"{name}_scales"]
+    values = (held[f"{name}_uint8"].astype(np.float32) - 128) * held[f"{name}_uint8_scales"]
     assert np.abs(values.T - weights).max() <= np.abs(weights).max() / 127 / 2 * 1.01
 
 
-def test_tied_heads_share_bytes(tmp_path: Path) -> None:
-    """An embedding that is also the head lies in the file once."""
+def test_tied_heads(tmp_path: Path) -> None:
+    """An embedding that is also the head lies in the file once, by both routes."""
     random_model(tmp_path / "model", "LlamaForCausalLM", DECODERS["llama tied"][1])
-    sizes = {}
-    for route in ("genai", "torch"):
-        export(tmp_path / "model", tmp_path / route, "int4", route=route)
-        places: dict[str, list[str]] = {}
-        graph = onnx.load(graph_of(tmp_path / route), load_external_data=False).graph
-        for tensor in graph.initializer:
-            if list(tensor.dims) in ([96, 2, 32], [96, 64]) and tensor.data_type == 2:
-                stated = {entry.key: entry.value for entry in tensor.external_data}
-                places.setdefault(stated["offset"], []).append(tensor.name)
-        assert any(len(names) == 2 for names in places.values())
-        sizes[route] = (tmp_path / route / "onnx" / "model_q4.onnx_data").stat().st_size
-    assert abs(sizes["genai"] - sizes["torch"]) < 40000  # the builder's tables of angles
+    for scheme in ("fp32", "int4", "int4-fp16"):
+        for route in ("genai", "torch"):
+            out = tmp_path / f"{scheme}-{route}"
+            export(tmp_path / "model", out, scheme, route=route)
+            graph = onnx.load(graph_of(out), load_external_data=False).graph
+            shapes = [list(t.dims) for t in graph.initializer]
+            assert sum(shape in ([96, 2, 32], [96, 64], [64, 96]) for shape in shapes) == 1
 
 
 def test_pieces_of_a_graph(tmp_path: Path) -> None:
