@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,12 +77,31 @@ def _short(number: float) -> float:
     return float(f"{number:.2g}")
 
 
-def check_form(path: Path) -> None:
+def check_form(path: Path, linked: Collection[str] = ()) -> None:
     """Let ONNX's own checker look at a file, types and shapes included.
+
+    Args:
+        path: Of the file.
+        linked: Names of files beside it that have other names too. The checker refuses such, so
+            it is shown empty ones of the same size.
 
     Raises:
         PackError: It finds a mistake.
     """
+    if not linked:
+        _check_model(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="pack-") as name:
+        shown = Path(name)
+        shutil.copy(path, shown)
+        for file in path.parent.iterdir():
+            if file != path:
+                with (shown / file.name).open("wb") as empty:
+                    empty.truncate(file.stat().st_size)
+        _check_model(shown / path.name)
+
+
+def _check_model(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:

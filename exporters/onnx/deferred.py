@@ -14,6 +14,8 @@ from typing import Any, Self
 import torch
 from torch.utils._pytree import tree_map
 
+from mergekit_lite.adapters.lending import replace_parameters
+
 __all__ = ["Deferred", "Read", "Rows", "defer", "rows_of"]
 
 Read = Callable[[str], Any]
@@ -128,22 +130,14 @@ def _meta(keywords: dict[str, Any]) -> dict[str, Any]:
     return {"device": torch.device("meta")} if keywords.get("device") is not None else {}
 
 
-def defer(model: Any, dtype: Any = torch.float32) -> None:
-    """Give a model on the meta device parameters that are read later.
+def defer(model: Any) -> None:
+    """Give a model on the meta device parameters that are read later, as float32."""
 
-    Parameters that modules share (tied embeddings) stay shared.
-    """
-    made: dict[int, Any] = {}
-    for path, module in list(model.named_modules()):
-        for name, parameter in list(module._parameters.items()):  # noqa: SLF001
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                kind = dtype if parameter.is_floating_point() else parameter.dtype
-                like = torch.empty(parameter.shape, dtype=kind, device="meta")
-                full = f"{path}.{name}".lstrip(".")
-                made[id(parameter)] = torch.nn.Parameter(Deferred(like, full), requires_grad=False)
-            module._parameters[name] = made[id(parameter)]  # noqa: SLF001
+    def make(parameter: Any, path: str) -> Deferred:
+        kind = torch.float32 if parameter.is_floating_point() else parameter.dtype
+        return Deferred(torch.empty(parameter.shape, dtype=kind, device="meta"), path)
+
+    replace_parameters(model, make)
 
 
 def rows_of(tensor: Deferred) -> Sequence[Rows] | None:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from exporters.onnx.deferred import Deferred
-from exporters.onnx.graph import OPSET, PAST, PRESENT, Graph, Kind
+from exporters.onnx.graph import OPSET, PAST, PRESENT, Graph, Kind, leave_unset
 from mergekit_lite.adapters.architecture import quiet
+from mergekit_lite.adapters.lending import replace_parameters
 from mergekit_lite.errors import PackError
 
 __all__ = ["export", "kind_of"]
@@ -219,34 +220,25 @@ def _encoder(model: Any) -> _Traced:
     )
 
 
-def _claim(model: Any, dtype: Any) -> dict[str, tuple[str, Any]]:
-    """Give a model parameters that only claim their shape.
+def _claim(model: Any, dtype: Any) -> dict[str, str]:
+    """Give a model parameters, and buffers that files hold, that only claim their shape.
 
     Returns:
-        Path and meta tensor of each, by all paths that it has.
+        By each path the first that the same parameter has.
     """
-    made: dict[int, tuple[str, Any, Any]] = {}
-    paths: dict[str, tuple[str, Any]] = {}
-    for path, module in list(model.named_modules()):
-        for name, parameter in list(module._parameters.items()):  # noqa: SLF001
-            if parameter is None:
-                continue
-            full = f"{path}.{name}".lstrip(".")
-            if id(parameter) not in made:
-                kind = dtype if parameter.is_floating_point() else parameter.dtype
-                claims = torch.zeros((), dtype=kind).expand(parameter.shape)
-                held = torch.nn.Parameter(claims, requires_grad=False)
-                made[id(parameter)] = full, parameter, held
-            first, like, held = made[id(parameter)]
-            module._parameters[name] = held  # noqa: SLF001
-            paths[full] = first, like
-    for path, module in model.named_modules():  # buffers that files hold
+
+    def one(tensor: Any, _: str = "") -> Any:
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        return torch.zeros((), dtype=kind).expand(tensor.shape)
+
+    shared = replace_parameters(model, one).paths.values()
+    paths = {path: every[0] for every in shared for path in every}
+    for path, module in model.named_modules():
         for name, buffer in list(module._buffers.items()):  # noqa: SLF001
             if buffer is not None and buffer.is_meta:
+                module._buffers[name] = one(buffer)  # noqa: SLF001
                 full = f"{path}.{name}".lstrip(".")
-                kind = dtype if buffer.is_floating_point() else buffer.dtype
-                module._buffers[name] = torch.zeros((), dtype=kind).expand(buffer.shape)  # noqa: SLF001
-                paths[full] = full, buffer
+                paths[full] = full
     return paths
 
 
@@ -259,31 +251,24 @@ def _plain_attention(model: Any) -> None:
         config._experts_implementation = "batched_mm"  # noqa: SLF001
 
 
-def _tie(model: Any, paths: Mapping[str, tuple[str, Any]]) -> dict[str, Deferred]:
+def _tie(model: Any, paths: Mapping[str, str]) -> dict[str, Deferred]:
     """Give initializers that are parameters the names of parameters, and no values."""
-    import onnx_ir
-
     found: dict[str, Deferred] = {}
     for name, value in list(model.graph.initializers.items()):
         path = name.removeprefix("model.")
         if path not in paths or name == path:
             continue
-        first, like = paths[path]
+        first = paths[path]
         del model.graph.initializers[name]
         if first in found:
             value.replace_all_uses_with(model.graph.initializers[first])
             continue
-        found[first] = Deferred(torch.empty(like.shape, dtype=torch.float32, device="meta"), first)
+        shape = [int(size) for size in value.shape]
+        found[first] = Deferred(torch.empty(shape, dtype=torch.float32, device="meta"), first)
         value.name = first
-        value.const_value = onnx_ir.LazyTensor(
-            _absent, dtype=value.dtype, shape=value.shape, name=first
-        )
+        leave_unset(value)
         model.graph.initializers[first] = value
     return found
-
-
-def _absent() -> Any:
-    raise AssertionError("a deferred weight was read while its graph was built")
 
 
 def _tidy(model: Any, deferred: Mapping[str, Deferred]) -> None:

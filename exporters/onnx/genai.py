@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters.onnx.deferred import Deferred
-from exporters.onnx.graph import OPSET, PAST, PRESENT, Graph
+from exporters.onnx.graph import OPSET, PAST, PRESENT, Graph, leave_unset
 from mergekit_lite.adapters.architecture import quiet
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.config import to_json
@@ -105,9 +105,7 @@ def _taking(model: Any, taken: list[Any]) -> Iterator[dict[str, Deferred]]:
         deferred[name] = tensor
         kind = onnx_ir.DataType.FLOAT if to is None else to
         value = self.make_value(name, kind, list(tensor.shape))
-        value.const_value = onnx_ir.LazyTensor(
-            _absent, dtype=kind, shape=onnx_ir.Shape(list(tensor.shape)), name=name
-        )
+        leave_unset(value)
         self.model.graph.register_initializer(value)
 
     def save_model(self: Any, folder: str) -> None:
@@ -128,10 +126,6 @@ def _taking(model: Any, taken: list[Any]) -> Iterator[dict[str, Deferred]]:
     finally:
         for name, function in kept.items():
             setattr(base.Model, name, function)
-
-
-def _absent() -> Any:
-    raise AssertionError("a deferred weight was read while its graph was built")
 
 
 def _standard_norms(ir_model: Any) -> None:

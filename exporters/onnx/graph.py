@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lite.errors import PackError
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from exporters.onnx.deferred import Deferred
 
-__all__ = ["OPSET", "PAST", "PRESENT", "Cache", "Graph", "Kind", "cache_of"]
+__all__ = ["OPSET", "PAST", "PRESENT", "Cache", "Graph", "Kind", "cache_of", "leave_unset"]
 
 Kind = Literal["decoder", "encoder"]
 """Whether it goes on with a cache, token by token."""
@@ -84,3 +84,16 @@ def cache_of(
             )
         found.append((heads, keys, values))
     return Cache(tuple(found))
+
+
+def leave_unset(value: onnx_ir.Value) -> None:
+    """Make an initializer out of a value with a name, a type and a shape: one without content."""
+    import onnx_ir
+
+    value.const_value = onnx_ir.LazyTensor(
+        _absent, dtype=value.dtype, shape=value.shape, name=value.name
+    )  # type: ignore[arg-type, unused-ignore]
+
+
+def _absent() -> Any:
+    raise AssertionError("the content of a weight was asked for before it was written")

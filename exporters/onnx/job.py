@@ -34,6 +34,7 @@ class OnnxJob:
         force: Whether an existing result is replaced.
         device: torch's, that the model is run on to be calibrated.
         dtype: That it is run in.
+        linked: Whether floats stay in the model's files.
     """
 
     scheme: OnnxScheme
@@ -46,6 +47,7 @@ class OnnxJob:
     force: bool = False
     device: str = "cpu"
     dtype: str = "float32"
+    linked: bool = False
 
 
 def check_block(block: int) -> None:
@@ -100,7 +102,8 @@ def _request(
                    "calibration": windows.describe()}  # fmt: skip
     return OnnxRequest(
         job.scheme, job.folder, describe_onnx(job, _text_of(windows)), job.block, job.symmetric,
-        job.route, job.threads, job.force, None if rounded is None else rounded.checkpoint, details,
+        job.route, job.threads, job.force, job.linked,
+        None if rounded is None else rounded.checkpoint, details,
     )  # fmt: skip
 
 

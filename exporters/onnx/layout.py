@@ -20,7 +20,7 @@ from mergekit_lite.checkpoint.header import Entry, Header
 from mergekit_lite.dtypes import DTYPES, Array
 from mergekit_lite.merge.plan import Shard
 
-__all__ = ["CHUNK", "INLINE", "LaidOut", "lay_out_graph"]
+__all__ = ["CHUNK", "INLINE", "LaidOut", "Place", "lay_out_graph"]
 
 CHUNK = 2_000_000_000
 """Bytes of a file of weights that holds more than one; browsers take no buffer over 2 GiB."""
@@ -62,14 +62,14 @@ class LaidOut:
     chunks: int
 
 
-def lay_out_graph(made: Rewritten, folder: str, stem: str, linked: Mapping[str, Any]) -> LaidOut:
+def lay_out_graph(made: Rewritten, folder: str, stem: str, linked: Mapping[str, Place]) -> LaidOut:
     """Plan the files of a graph.
 
     Args:
         made: The graph, and what makes its initializers.
         folder: Of the files, in the result.
         stem: Name of the file without ``.onnx``.
-        linked: Initializers that lie in files of the model already: file, offset, length.
+        linked: Where initializers lie that are in files of the model already.
     """
     graph = made.model.graph
     names = [name for piece in made.pieces for name in piece.names if name not in linked]
@@ -84,15 +84,14 @@ def lay_out_graph(made: Rewritten, folder: str, stem: str, linked: Mapping[str, 
         else:
             value.const_value = onnx_ir.tensor(array, name=name, dtype=value.dtype)
     places = _places(graph, names, stem)
-    for name, (file, offset, length) in linked.items():
-        places[name] = Place(file, offset, length)
+    places |= linked
     for name, place in places.items():
         value = graph.initializers[name]
         value.const_value = onnx_ir.ExternalTensor(
             place.file, place.offset, place.length, value.dtype, shape=value.shape, name=name
         )
     shards: dict[str, dict[str, Entry]] = {}
-    for name, after in zip(names, [*names[1:], None], strict=True):
+    for name, after in zip(names, [*names[1:], None], strict=bool(names)):
         place, value = places[name], graph.initializers[name]
         shape = tuple(int(size) for size in value.shape)
         follows = after is not None and places[after].file == place.file

@@ -12,7 +12,7 @@ import onnx_ir
 from exporters.linears.quantized import STEPS, Grid, Quantized, rounded
 from exporters.linears.scheme import Scheme
 from exporters.onnx.deferred import Deferred, Read, Rows, rows_of
-from exporters.onnx.graph import Graph
+from exporters.onnx.graph import Graph, leave_unset
 from exporters.onnx.pieces import Piece, as_blocks, float_piece, whole_bytes
 from exporters.onnx.schemes import OnnxScheme
 from mergekit_lite.dtypes import Array
@@ -157,9 +157,7 @@ class _Rewriter:
         value = onnx_ir.Value(
             name=name, type=onnx_ir.TensorType(dtype), shape=onnx_ir.Shape(list(shape))
         )
-        value.const_value = onnx_ir.LazyTensor(
-            _absent, dtype=dtype, shape=onnx_ir.Shape(list(shape)), name=name
-        )
+        leave_unset(value)
         self.ir.initializers[name] = value
         return value
 
@@ -381,9 +379,7 @@ class _Rewriter:
         for user, at in uses:
             user.replace_input_with(at, wide)
         value.dtype = onnx_ir.DataType.BFLOAT16
-        value.const_value = onnx_ir.LazyTensor(
-            _absent, dtype=onnx_ir.DataType.BFLOAT16, shape=value.shape, name=name
-        )
+        leave_unset(value)
         self.ir.insert_before(self.ir[0], [node])
         self.pieces[name] = float_piece(name, weight, "bfloat16")
 
@@ -413,10 +409,6 @@ def rewrite(graph: Graph, asked: Asked) -> Rewritten:
 
 def _name(product: _Product) -> str:
     return product.node.name or product.name
-
-
-def _absent() -> Any:
-    raise AssertionError("a deferred weight was read while its graph was rewritten")
 
 
 def _part(held: Quantized | None, rows: Rows) -> Quantized:

@@ -21,6 +21,7 @@ from exporters.onnx.check import Checked, check, check_form
 from exporters.onnx.codes import codes_of
 from exporters.onnx.folder import genai_config, small_files
 from exporters.onnx.layout import LaidOut, lay_out_graph
+from exporters.onnx.link import Links, link_weights
 from exporters.onnx.pieces import Piece
 from exporters.onnx.rewrite import Asked, Rewritten, rewrite
 from exporters.onnx.schemes import OnnxScheme, Route
@@ -63,6 +64,7 @@ class OnnxRequest:
         route: Who makes the graph.
         threads: Worker threads.
         force: Whether an existing result is replaced.
+        linked: Whether weights stay where they are in the model's files, which are linked.
         rounded: The model on grids already, by looking at activations; its codes are taken where
             they fit. None for rounding here, or for a model that is quantized itself.
         details: How that was done.
@@ -76,6 +78,7 @@ class OnnxRequest:
     route: Route = "auto"
     threads: int = 1
     force: bool = False
+    linked: bool = False
     rounded: Checkpoint | None = None
     details: Mapping[str, Any] | None = None
 
@@ -133,12 +136,15 @@ def _run(
     model.observe_alone(progress)
     progress.begin("Graph", 0)
     weights = request.rounded or model.checkpoint
-    graph, parts = build_graph(weights, request.route, scheme.half)
+    # The builder joins and turns matrices, which then lie nowhere in the files.
+    route = "torch" if request.linked and request.route == "auto" else request.route
+    graph, parts = build_graph(weights, route, scheme.half)
     made = rewrite(graph, Asked(
         scheme, request.block, request.symmetric, _routers(parts),
         _head(parts.model), codes_of(weights, parts),
     ))  # fmt: skip
-    laid = lay_out_graph(made, FOLDER, scheme.file, {})
+    links = link_weights(graph, made, parts, weights) if request.linked else Links({}, {})
+    laid = lay_out_graph(made, FOLDER, scheme.file, links.places)
     notes = list(dict.fromkeys([*model.notes, *graph.notes]))
     for line in notes:
         progress.note(line)
@@ -152,9 +158,13 @@ def _run(
     if is_first_use():
         progress.note("compiling kernels, once after installation: some seconds")
     _write(made, laid, parts, writer, request.threads, progress)
+    inputs = model.input_files()
+    digests = {file.path: file.sha256 for files in inputs.values() for file in files}
+    for name, source in links.files.items():
+        writer.link(f"{FOLDER}/{name}", source, digests[name])
     path = f"{FOLDER}/{scheme.file}.onnx"
     write_durably(writer.partial / path, laid.graph)
-    check_form(writer.partial / path)
+    check_form(writer.partial / path, links.files)
     run = GraphRun(writer.partial / path, _BUDGET, request.threads, scheme.bits is not None)
     checked = check(model.checkpoint, graph.kind, scheme, run, graph.route, progress)
     files = {
@@ -166,8 +176,6 @@ def _run(
             parts.model.config, model.files, run.cache,
             (list(run.inputs), run.outputs), path,
         )  # fmt: skip
-    progress.begin("Check inputs", 0)
-    inputs = model.input_files()
     elements = sum(p.numel() for p in parts.model.parameters())
     size = sum(shard.size for shard in laid.shards) + len(laid.graph)
     bits = 8 * size / max(1, elements)

@@ -7,7 +7,7 @@ when it is given back, so the memory is that of the modules that borrow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from mergekit_lite.adapters.tensors import read_float
 from mergekit_lite.checkpoint.protocol import Checkpoint
 from mergekit_lite.dtypes import Array
 
-__all__ = ["Lender", "Originals", "stretch"]
+__all__ = ["Lender", "Originals", "replace_parameters", "stretch"]
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,30 @@ def stretch(model: Any) -> Originals:
     """Give every parameter of a model on the meta device the data of a single zero."""
     import torch
 
-    zeros: dict[int, Any] = {}
+    return replace_parameters(model, lambda parameter, _: torch.zeros(1).expand(parameter.shape))
+
+
+def replace_parameters(model: Any, make: Callable[[Any, str], Any]) -> Originals:
+    """Give every parameter of a model other data; what modules share stays shared.
+
+    Args:
+        model: Changed.
+        make: Gives the data for a parameter and the first of its paths.
+    """
+    import torch
+
+    made: dict[int, Any] = {}
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in zeros:
-                data = torch.zeros(1).expand(parameter.shape)
-                zeros[id(parameter)] = torch.nn.Parameter(data, requires_grad=False)
-            zero = zeros[id(parameter)]
-            module._parameters[name] = zero  # noqa: SLF001
-            paths.setdefault(id(zero), []).append(f"{path}.{name}".lstrip("."))
-    return Originals({key: tuple(own) for key, own in paths.items()}, tuple(zeros.values()))
+            full = f"{path}.{name}".lstrip(".")
+            if id(parameter) not in made:
+                data = make(parameter, full)
+                made[id(parameter)] = torch.nn.Parameter(data, requires_grad=False)
+            own = made[id(parameter)]
+            module._parameters[name] = own  # noqa: SLF001
+            paths.setdefault(id(own), []).append(full)
+    return Originals({key: tuple(own) for key, own in paths.items()}, tuple(made.values()))
 
 
 class Lender:

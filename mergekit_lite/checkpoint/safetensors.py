@@ -124,6 +124,12 @@ class SafetensorsCheckpoint(Checkpoint):
         """Name of the shard that holds a tensor."""
         return self._where[name].name
 
+    def place_of(self, name: str) -> tuple[Path, int, int]:
+        """Where a tensor lies: the file, its first byte there, and its bytes."""
+        file = self._where[name]
+        entry = file.header.entries[name]
+        return file.path, entry.start, entry.end - entry.start
+
     def metadata(self) -> Mapping[str, str]:
         """The ``__metadata__`` of all shards; the first that has a key holds."""
         found: dict[str, str] = {}

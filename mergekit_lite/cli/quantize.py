@@ -106,6 +106,11 @@ class _Target(click.Tuple):
     show_default=True, help="ONNX: weights that share a scale, of int4.",
 )  # fmt: skip
 @click.option("--asymmetric", is_flag=True, help="ONNX: int4 with zero points.")
+@click.option(
+    "--link-weights", "linked", is_flag=True,
+    help="ONNX: leave weights in the model's safetensors, linked beside the graph (same disk, and "
+    "stored as the graph wants them: bf16 for most models).",
+)  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
@@ -151,6 +156,7 @@ def command(
     route: Route,
     block: str,
     asymmetric: bool,
+    linked: bool,
     device: str,
     dtype: str,
     patterns: tuple[str, ...],
@@ -236,9 +242,12 @@ def command(
         _refuse_unused("what runs the model", {k: given[k] for k in usual})
     overrides = _overrides(patterns, output_type, embedding_type, pure)
     if not job.onnxes:
-        _refuse_unused("ONNX", {k: given[k] for k in ("--graph", "--block", "--asymmetric")})
+        _refuse_unused("ONNX", {
+            **{k: given[k] for k in ("--graph", "--block", "--asymmetric")},
+            "--link-weights": linked,
+        })  # fmt: skip
     job.make_linears(form, not no_calibration, nearest, act_order, damping, dtype)
-    job.make_onnxes(int(block), not asymmetric, route, dtype)
+    job.make_onnxes(int(block), not asymmetric, route, dtype, linked)
     job.make_ggufs(imatrix, overrides, split_max_size, memory, verify)
     if as_json:
         click.echo(json.dumps(job.described))

@@ -166,7 +166,9 @@ class Quantizing:
         finally:
             whole.close()
 
-    def make_onnxes(self, block: int, symmetric: bool, route: Route, dtype: str) -> None:
+    def make_onnxes(
+        self, block: int, symmetric: bool, route: Route, dtype: str, linked: bool
+    ) -> None:
         """Make ONNX files, one after the other."""
         if not self.onnxes:
             return
@@ -197,7 +199,7 @@ class Quantizing:
                 with make_progress(self.quiet) as progress:
                     job = OnnxJob(
                         scheme, folder, calibration, block, symmetric, route, self.threads,
-                        self.force, self.device, dtype,
+                        self.force, self.device, dtype, linked,
                     )  # fmt: skip
                     self._add_onnx(run_job(whole, job, progress))
         finally:

@@ -114,6 +114,7 @@ class ArtifactWriter:
         self._all = shards
         self._fingerprint = fingerprint
         self._open: dict[str, _OpenShard] = {}
+        self._links: dict[str, OutputFile] = {}
         self._lock = threading.Lock()
         self._flush_failure: OSError | None = None
         self._lock_fd = -1
@@ -186,6 +187,31 @@ class ArtifactWriter:
             start = shard.header.entries[name].start + offset
             held.file.write(start, data.reshape(-1).view(np.uint8))
 
+    def link(self, name: str, source: Path, sha256: str) -> None:
+        """Make a file that is there already one of the result, without a copy.
+
+        Args:
+            name: That it gets, below the result.
+            source: Where it is.
+            sha256: Of its content.
+
+        Raises:
+            PackError: It lies on another disk, or its file system has no links.
+        """
+        path = self.partial / name
+        with explained(self.partial):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            try:
+                os.link(source.resolve(), path)
+            except OSError as error:
+                raise PackError(
+                    f"{source}: cannot be linked into {self.final} ({error.strerror})",
+                    "Write the result to the disk of the model: -o DIR; or let it be copied: leave "
+                    "--link-weights out.",
+                ) from None
+            self._links[name] = OutputFile(name, path.stat().st_size, sha256)
+
     def tensor_done(self, name: str, nonfinite: int) -> None:
         """All of a tensor is written; finishes its shard with the last one.
 
@@ -240,6 +266,7 @@ class ArtifactWriter:
     def outputs(self, files: Mapping[str, bytes]) -> list[OutputFile]:
         """The shards, and small files that will be added, with their digests."""
         found = [OutputFile(n, d["bytes"], d["sha256"]) for n, d in self.done.items()]
+        found += self._links.values()
         found += [OutputFile(n, len(c), hashlib.sha256(c).hexdigest()) for n, c in files.items()]
         return sorted(found, key=lambda f: f.path)
 

@@ -352,6 +352,32 @@ def test_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert apart(runner(tmp_path / "out").step(ids.numpy())[0], expected) < 1e-4
 
 
+def test_linked_weights(pack: Pack, tmp_path: Path) -> None:
+    """Weights that the graph reads out of the model's own file: less on the disk, same logits."""
+    for name, dtype, scheme in (("a", torch.bfloat16, "bf16"), ("b", torch.float32, "fp32")):
+        model = random_model(tmp_path / name, "LlamaForCausalLM", {}, dtype)
+        out = tmp_path / f"{name}-out"
+        words = ("--to", "onnx", scheme, tmp_path / name, "-o", out, "--link-weights", "-q")
+        ran = pack("quantize", *words)
+        assert ran.code == 0, ran.err
+        linked = out / "onnx" / "model.safetensors"
+        assert linked.samefile(tmp_path / name / "model.safetensors")
+        rest = sum(path.stat().st_size for path in (out / "onnx").glob("*.onnx_data*"))
+        assert rest < 2000
+        ids = ids_of(2, 9)
+        with torch.no_grad():
+            expected = model(input_ids=ids, use_cache=False).logits
+        assert apart(runner(out).step(ids.numpy())[0], expected) < 1e-4
+        listed = json.loads((out / "pack.lock").read_text())["outputs"]
+        assert "onnx/model.safetensors" in {one["path"] for one in listed}
+        assert pack("quantize", *words, "--force").code == 0
+        assert (tmp_path / name / "model.safetensors").is_file()
+    ran = pack("quantize", "--to", "onnx", "fp32", tmp_path / "a", "-o", tmp_path / "c",
+               "--link-weights")  # fmt: skip
+    assert ran.code == 1
+    assert "none of its weights" in ran.err
+
+
 def test_codes_that_are_there(pack: Pack, tmp_path: Path) -> None:
     """A model that is quantized already keeps its codes: its graph is that model."""
     for name, layers in (("LlamaForCausalLM", {}), ("GPT2LMHeadModel", DECODERS["gpt2"][1])):
