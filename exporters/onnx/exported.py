@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from exporters.onnx.deferred import Deferred
+from exporters.onnx.experts import EXPERTS, interleaved, register_experts
 from exporters.onnx.graph import OPSET, PAST, PRESENT, Graph, Kind, leave_unset
 from mergekit_lite.adapters.architecture import quiet
 from mergekit_lite.adapters.lending import replace_parameters
@@ -75,6 +76,7 @@ def export(model: Any, kind: Kind, half: bool) -> Graph:
     """
     dtype = torch.float16 if half else torch.float32
     paths = _claim(model, dtype)
+    register_experts()
     _plain_attention(model)
     try:
         with quiet(), _silent(), torch.no_grad():
@@ -96,6 +98,7 @@ def export(model: Any, kind: Kind, half: bool) -> Graph:
             "This architecture is not exported to ONNX here; --to gguf may know it.",
         ) from None
     deferred = _tie(made.model, paths)
+    _turn_experts(made.model, deferred)
     _tidy(made.model, deferred)
     _name_dimensions(made.model, kind)
     return Graph(made.model, deferred, kind, f"torch.onnx {torch.__version__.partition('+')[0]}")
@@ -248,7 +251,7 @@ def _plain_attention(model: Any) -> None:
         config._attn_implementation = (  # noqa: SLF001
             "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
         )
-        config._experts_implementation = "batched_mm"  # noqa: SLF001
+        config._experts_implementation = EXPERTS  # noqa: SLF001
 
 
 def _tie(model: Any, paths: Mapping[str, str]) -> dict[str, Deferred]:
@@ -269,6 +272,13 @@ def _tie(model: Any, paths: Mapping[str, str]) -> dict[str, Deferred]:
         leave_unset(value)
         model.graph.initializers[first] = value
     return found
+
+
+def _turn_experts(model: Any, deferred: dict[str, Deferred]) -> None:
+    """Lay out the matrices of experts as their operator has them."""
+    for node in model.graph:
+        if node.op_type == "MoE" and (name := node.inputs[2].name) in deferred:
+            deferred[name] = interleaved(deferred[name])
 
 
 def _tidy(model: Any, deferred: Mapping[str, Deferred]) -> None:

@@ -110,6 +110,8 @@ class _Rewriter:
                         self._blocks(product)
             for node, name in list(self._lookups()):
                 self._lookup(node, name)
+            for node in [node for node in self.ir if node.op_type == "MoE"]:
+                self._experts(node)
         self._drop_unused()
         for name, weight in self.graph.deferred.items():
             value = self.ir.initializers.get(name)
@@ -228,7 +230,7 @@ class _Rewriter:
         half = self.asked.scheme.half
 
         def make(read: Read) -> list[list[Array]]:
-            parts = held() if held is not None else [_round(name, matrix, read, grid)]
+            parts = held() if held is not None else [_rounded(name, matrix.read(read), grid)]
             found = as_blocks(parts, bits, not symmetric)
             if half:
                 found[1] = found[1].astype(np.float16)
@@ -255,6 +257,51 @@ class _Rewriter:
             return None
         return lambda: [_part(self.asked.codes(part.parameter), part) for part in rows]
 
+    def _experts(self, node: Any) -> None:
+        """QMoE in the place of MoE: a scale for a block, or of 8 bits for a row."""
+        bits = int(self.asked.scheme.bits or _HEAD_BITS)
+        block = 0 if bits == _HEAD_BITS else self.asked.block
+        weights = [self.graph.deferred.get(node.inputs[at].name) for at in (2, 4)]
+        if any(w is None or (block and w.shape[2] % block) or w.shape[2] % 2 for w in weights):
+            return
+        inputs = [*node.inputs[:2]]
+        for at in (2, 4):
+            name = node.inputs[at].name
+            codes, scales = self._expert_initializers(name, bits, block)
+            inputs += [codes, scales, None]
+        attributes = {key: value.value for key, value in node.attributes.items()}
+        attributes |= {"expert_weight_bits": bits, **({"block_size": block} if block else {})}
+        made = onnx_ir.node(
+            "QMoE", inputs, domain=_MS, attributes=attributes, name=f"{node.name}/QMoE"
+        )
+        self._replace(node, [made], made.outputs[0])
+        self.rounded += 2
+
+    def _expert_initializers(self, name: str, bits: int, block: int) -> tuple[Any, Any]:
+        """Codes ``(experts, out, bytes)`` and scales of matrices that lie in one tensor."""
+        weight = self.graph.deferred[name]
+        count, rows, columns = weight.shape
+        groups = [columns // block] if block else []
+        codes = self._add(
+            f"{name}_Q{bits}", onnx_ir.DataType.UINT8, (count, rows, columns * bits // 8)
+        )
+        scales = self._add(f"{name}_Q{bits}_scales", self._float, (count, rows, *groups))
+        half = self.asked.scheme.half
+        grid = Grid(Scheme(bits, block or None, True), 0, "F16" if half else "F32")
+
+        def make(read: Read) -> list[list[Array]]:
+            found: list[list[Array]] = [[], []]
+            for matrix in weight.read(read):
+                kept = as_blocks([_rounded(name, matrix, grid)], bits, False)
+                found[0].append(kept[0])
+                found[1].append(kept[1].astype(np.float16) if half else kept[1])
+            return found
+
+        self.pieces[codes.name or ""] = Piece(
+            (codes.name or "", scales.name or ""), make, weight.numel()
+        )
+        return codes, scales
+
     def _dynamic(self, product: _Product) -> None:
         """A product of bytes in the place of one of floats."""
         rows, columns = product.matrix.shape
@@ -264,7 +311,7 @@ class _Rewriter:
         matrix = product.matrix
 
         def make(read: Read) -> list[list[Array]]:
-            found, scale = whole_bytes(_finite(name, matrix, read))
+            found, scale = whole_bytes(_finite(name, matrix.read(read)).numpy())
             return [[np.ascontiguousarray(found.T)], [scale]]
 
         self.pieces[f"{name}_uint8"] = Piece(
@@ -417,19 +464,21 @@ def _part(held: Quantized | None, rows: Rows) -> Quantized:
     return Quantized(held.codes[:, part], held.scales[:, part], held.zeros[:, part], held.group_of)
 
 
-def _finite(name: str, matrix: Deferred, read: Read) -> Array:
-    weights: Array = matrix.read(read).float().numpy()
-    if not np.isfinite(weights).all():
+def _finite(name: str, weights: Any) -> Any:
+    import torch
+
+    if not bool(torch.isfinite(weights).all()):
         raise PackError(
             f"'{name}' holds NaN or infinity", "Quantize a model whose weights are finite."
         )
-    return weights
+    return weights.float()
 
 
-def _round(name: str, matrix: Deferred, read: Read, grid: Grid) -> Quantized:
+def _rounded(name: str, matrix: Any, grid: Grid) -> Quantized:
+    """Round a matrix ``(out, in)`` of torch's to the nearest codes; its inputs are padded."""
     import torch
 
-    weights = torch.from_numpy(_finite(name, matrix, read))
+    weights = _finite(name, matrix)
     rest = -weights.shape[1] % grid.scheme.size(weights.shape[1])
     if rest:
         weights = torch.nn.functional.pad(weights, (0, rest))

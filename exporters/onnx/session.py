@@ -51,10 +51,12 @@ class Feed:
     Attributes:
         values: Inputs by name.
         after: Which earlier feed the cache comes out of; None where `values` holds it.
+        before: Tokens of that cache that are taken.
     """
 
     values: Mapping[str, Array]
     after: int | None = None
+    before: int = 0
 
 
 class GraphRun:
@@ -114,7 +116,7 @@ class GraphRun:
         Args:
             ids: ``(sequences, tokens)`` int64.
             after: Which of the feeds its cache comes out of; None for an empty one.
-            before: Tokens in that cache.
+            before: Tokens of that cache that are taken.
         """
         values: dict[str, Array] = {"input_ids": ids}
         if after is None:
@@ -125,7 +127,7 @@ class GraphRun:
         mask = np.ones((len(ids), before + ids.shape[1]), np.int64)
         values["attention_mask"] = mask
         values["position_ids"] = (mask.cumsum(1) - 1)[:, before:]
-        return Feed(values, after)
+        return Feed(values, after, before)
 
     def run_all(self, feeds: Sequence[Feed]) -> list[dict[str, Array]]:
         """Run it several times; each piece of it is loaded once.
@@ -165,7 +167,7 @@ class GraphRun:
             return values[name]
         _, layer, part = name.split(".")
         found: Array = held[feed.after][PRESENT.format(layer, part)]
-        return found
+        return found[:, :, : feed.before]
 
     def step(
         self, ids: Array, past: Mapping[str, Array] | None = None, mask: Array | None = None

@@ -252,6 +252,24 @@ def test_kinds_of_files(route: Any, tmp_path: Path) -> None:
         onnx.checker.check_model(str(graph_of(out)), full_check=True)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts(family: str, tmp_path: Path) -> None:
+    """Experts are one operator, which computes the chosen ones; of codes too."""
+    name, more, _ = DECODERS[family]
+    more = {**more, "moe_intermediate_size": 32}
+    model = random_model(tmp_path / "model", name, more)
+    ids = ids_of(2, 17)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    for scheme in ("fp32", "fp16", "int8", "int4", "int4-fp16"):
+        export(tmp_path / "model", tmp_path / scheme, scheme)
+        logits, _ = runner(tmp_path / scheme).step(ids.numpy())
+        assert apart(logits, expected) < LIMITS[scheme] * float(expected.abs().max())
+        graph = onnx.load(graph_of(tmp_path / scheme), load_external_data=False).graph
+        operator = "MoE" if scheme.startswith("fp") else "QMoE"
+        assert sum(node.op_type == operator for node in graph.node) == 3
+
+
 def _initializers(folder: Path) -> dict[str, Any]:
     """Values of all initializers, by ONNX's own reader."""
     model = onnx.load(graph_of(folder))
