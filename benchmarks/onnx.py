@@ -87,6 +87,7 @@ def costs(model: Path, others: bool) -> list[list[str]]:
     output = _OUT / "run" / "model"
     for kind in ("fp32", "int8", "int4"):
         runs[f"pack {kind}"] = pack_command(model, [kind], output)
+        runs[f"pack {kind}, not compared"] = pack_command(model, [kind, "--no-verify"], output)
     if others:
         for precision in ("fp32", "int4"):
             runs[f"builder {precision}"] = builder_command(model, precision, output)

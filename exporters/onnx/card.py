@@ -24,7 +24,7 @@ def onnx_card(
     kind: Kind,
     route: str,
     bits: float,
-    checked: Checked,
+    checked: Checked | None,
     notes: Sequence[str],
 ) -> bytes:
     """Write the page.
@@ -35,7 +35,7 @@ def onnx_card(
         kind: Of the model.
         route: What made the graph.
         bits: Per weight.
-        checked: How far it is from the model.
+        checked: How far it is from the model; None where it was not run.
         notes: What the user should know.
     """
     return render_page(
@@ -49,6 +49,6 @@ def onnx_card(
         route=route,
         bits=f"{bits:.2f}",
         js_dtype=_JS_NAMES.get(scheme.name),
-        checked=checked.describe(),
+        checked=None if checked is None else checked.describe(),
         notes=list(notes),
     ).encode()

@@ -35,6 +35,7 @@ class OnnxJob:
         device: torch's, that the model is run on to be calibrated.
         dtype: That it is run in.
         linked: Whether floats stay in the model's files.
+        verify: Whether the graph is run beside the model.
     """
 
     scheme: OnnxScheme
@@ -48,6 +49,7 @@ class OnnxJob:
     device: str = "cpu"
     dtype: str = "float32"
     linked: bool = False
+    verify: bool = True
 
 
 def check_block(block: int) -> None:
@@ -102,7 +104,7 @@ def _request(
                    "calibration": windows.describe()}  # fmt: skip
     return OnnxRequest(
         job.scheme, job.folder, describe_onnx(job, _text_of(windows)), job.block, job.symmetric,
-        job.route, job.threads, job.force, job.linked,
+        job.route, job.threads, job.force, job.linked, job.verify,
         None if rounded is None else rounded.checkpoint, details,
     )  # fmt: skip
 

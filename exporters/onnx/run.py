@@ -65,6 +65,7 @@ class OnnxRequest:
         threads: Worker threads.
         force: Whether an existing result is replaced.
         linked: Whether weights stay where they are in the model's files, which are linked.
+        verify: Whether the graph is run beside the model.
         rounded: The model on grids already, by looking at activations; its codes are taken where
             they fit. None for rounding here, or for a model that is quantized itself.
         details: How that was done.
@@ -79,6 +80,7 @@ class OnnxRequest:
     threads: int = 1
     force: bool = False
     linked: bool = False
+    verify: bool = True
     rounded: Checkpoint | None = None
     details: Mapping[str, Any] | None = None
 
@@ -92,7 +94,7 @@ class MadeOnnx:
         outputs: Its files, the lock included.
         bits: Per weight, all tensors together.
         route: What made the graph.
-        checked: How far it is from the model.
+        checked: How far it is from the model; None where it was not run.
         notes: What the user should know.
         seconds: That it took.
     """
@@ -101,7 +103,7 @@ class MadeOnnx:
     outputs: Sequence[OutputFile]
     bits: float
     route: str
-    checked: Checked
+    checked: Checked | None
     notes: Sequence[str]
     seconds: float
 
@@ -166,7 +168,9 @@ def _run(
     write_durably(writer.partial / path, laid.graph)
     check_form(writer.partial / path, links.files)
     run = GraphRun(writer.partial / path, _BUDGET, request.threads, scheme.bits is not None)
-    checked = check(model.checkpoint, graph.kind, scheme, run, graph.route, progress)
+    checked = None
+    if request.verify:
+        checked = check(model.checkpoint, graph.kind, scheme, run, graph.route, progress)
     files = {
         **small_files(model.files, model.checkpoint.config, scheme.file, laid.chunks),
         path: laid.graph,
@@ -192,7 +196,7 @@ def _run(
         "graph": {"by": graph.route, "kind": graph.kind, "opset": _opset(made)},
         "computed_with": _versions(),
         "bits_per_weight": round(bits, 3),
-        "verification": checked.describe(),
+        "verification": None if checked is None else checked.describe(),
         "notes": notes,
     }
     outputs = writer.outputs(files)

@@ -127,7 +127,7 @@ class _Target(click.Tuple):
 @click.option("--split-max-size", type=SIZE, help="Most bytes of weights in a file.")
 @click.option(
     "--verify/--no-verify", default=None,
-    help="Compare what was written with the model.  [default: for small models]",
+    help="Compare what was written with the model.  [default: ONNX, and small models in GGUF]",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an existing result.")
 @click.option("--memory", type=SIZE, default="448MB", show_default=True, help="Memory for weights.")
@@ -212,11 +212,12 @@ def command(
     of_gguf = {
         "--imatrix": imatrix, "--tensor-type": patterns, "--output-type": output_type,
         "--embedding-type": embedding_type, "--pure": pure, "--split-max-size": split_max_size,
-        "--verify": verify,
     }  # fmt: skip
     of_others = {"--no-calibration": no_calibration, "--format": form, "--nearest": nearest}
     if not job.ggufs:
         _refuse_unused("GGUF", of_gguf)
+    if not job.ggufs and not job.onnxes:
+        _refuse_unused("GGUF and ONNX", {"--verify": verify is not None})
     if not job.others:
         _refuse_unused("GPTQ, AWQ, int8 and bnb", of_others)
     source = click.get_current_context().get_parameter_source
@@ -247,7 +248,7 @@ def command(
             "--link-weights": linked,
         })  # fmt: skip
     job.make_linears(form, not no_calibration, nearest, act_order, damping, dtype)
-    job.make_onnxes(int(block), not asymmetric, route, dtype, linked)
+    job.make_onnxes(int(block), not asymmetric, route, dtype, linked, verify is not False)
     job.make_ggufs(imatrix, overrides, split_max_size, memory, verify)
     if as_json:
         click.echo(json.dumps(job.described))

@@ -167,7 +167,13 @@ class Quantizing:
             whole.close()
 
     def make_onnxes(
-        self, block: int, symmetric: bool, route: Route, dtype: str, linked: bool
+        self,
+        block: int,
+        symmetric: bool,
+        route: Route,
+        dtype: str,
+        linked: bool,
+        verify: bool,
     ) -> None:
         """Make ONNX files, one after the other."""
         if not self.onnxes:
@@ -199,7 +205,7 @@ class Quantizing:
                 with make_progress(self.quiet) as progress:
                     job = OnnxJob(
                         scheme, folder, calibration, block, symmetric, route, self.threads,
-                        self.force, self.device, dtype, linked,
+                        self.force, self.device, dtype, linked, verify,
                     )  # fmt: skip
                     self._add_onnx(run_job(whole, job, progress))
         finally:
@@ -279,16 +285,17 @@ class Quantizing:
             f"{human_bytes(size)}, {made.bits:.2f} bits per weight, graph by {made.route}, in "
             f"{made.seconds:.1f} s"
         ))  # fmt: skip
-        self.lines.append(_Line(made.checked.line()))
+        checked = made.checked
+        if checked is not None:
+            self.lines.append(_Line(checked.line()))
         self.lines.append(_Line(f"→ {made.folder}"))
         self.described.append({
             "folder": str(made.folder),
             "seconds": round(made.seconds, 3),
             "bits_per_weight": round(made.bits, 3),
             "graph": made.route,
-            "verification": {
-                **made.checked.describe(),
-                "tokens_per_second": round(made.checked.tokens_per_second, 1),
+            "verification": None if checked is None else {
+                **checked.describe(), "tokens_per_second": round(checked.tokens_per_second, 1),
             },
             "notes": list(made.notes),
             "outputs": _outputs(made),
