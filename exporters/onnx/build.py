@@ -17,7 +17,9 @@ from mergekit_lite.evaluate.parts import Parts
 
 __all__ = ["GENAI", "build_graph"]
 
-GENAI = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite", "gemma2"})
+GENAI = frozenset({
+    "llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "phi3", "ernie4_5",
+})  # fmt: skip
 """Values of ``model_type`` for which the builder's graph was compared with transformers, with and
 without a cache [tests/exporters/test_onnx.py]; others go through torch.onnx."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def run_job(model: WholeModel, job: OnnxJob, progress: Progress) -> MadeOnnx:
     refuse_gguf(model)
     if job.calibration is None or job.scheme.bits != 4:
         return run_onnx(model, _request(job, None, None, None), progress)
+    began = time.monotonic()
     windows = cut_for(model, job.calibration)
     kind = "" if job.symmetric else "-asym"
     wanted = Wanted(
@@ -89,7 +91,8 @@ def run_job(model: WholeModel, job: OnnxJob, progress: Progress) -> MadeOnnx:
     run_linears(model, plan_target(wanted, model, windows, scratch, True), progress)
     rounded = open_whole(str(scratch.resolve()))
     try:
-        return run_onnx(model, _request(job, windows, wanted, rounded), progress)
+        made = run_onnx(model, _request(job, windows, wanted, rounded), progress)
+        return replace(made, seconds=time.monotonic() - began)
     finally:
         rounded.close()
         shutil.rmtree(scratch, ignore_errors=True)

@@ -23,7 +23,7 @@ __all__ = ["main"]
 COMMANDS = {
     "build": "Do all that a recipe asks for: merge, quantize, release, sign, push.",
     "merge": "Merge models as a recipe says, or adapters into a base.",
-    "quantize": "Quantize a model, base+adapter, or a recipe, to GGUF, GPTQ, AWQ or int8.",
+    "quantize": "Quantize a model, base+adapter, or a recipe, to GGUF, GPTQ, AWQ, int8 or ONNX.",
     "eval": "Measure models on text: perplexity, and distance from a reference.",
     "imatrix": "Measure how much each column of a model's weights matters, for GGUF.",
     "extract": "Make an adapter of what a fine-tune changed in its base.",
