@@ -116,9 +116,18 @@ def whole_bytes(rows: Array) -> tuple[Array, Array]:
     overflow 16 bits on x86 processors without VNNI.
 
     Returns:
-        Codes ``(N, K)`` uint8 and scales ``(N,)`` float32.
+        Codes ``(K, N)`` uint8 and scales ``(N,)`` float32.
     """
-    most = np.abs(rows).max(axis=1)
-    scales = np.where(most > 0, most / np.float32(127), np.float32(1)).astype(np.float32)
-    codes = np.rint(rows / scales[:, None]) + 128
-    return codes.astype(np.uint8), scales
+    codes = np.empty(rows.shape[::-1], np.uint8)
+    scales = np.empty(len(rows), np.float32)
+    step = max(1, _SLICE // rows.shape[1])
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        most = np.maximum(part.max(axis=1), -part.min(axis=1))
+        scale = np.where(most > 0, most / np.float32(127), np.float32(1)).astype(np.float32)
+        scales[start : start + step] = scale
+        found = part / scale[:, None]
+        np.rint(found, out=found)
+        found += 128
+        codes[:, start : start + step] = found.astype(np.uint8).T
+    return codes, scales

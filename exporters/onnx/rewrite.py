@@ -312,7 +312,7 @@ class _Rewriter:
 
         def make(read: Read) -> list[list[Array]]:
             found, scale = whole_bytes(_finite(name, matrix.read(read)).numpy())
-            return [[np.ascontiguousarray(found.T)], [scale]]
+            return [[found], [scale]]
 
         self.pieces[f"{name}_uint8"] = Piece(
             (f"{name}_uint8", f"{name}_uint8_scales"), make, rows * columns
