@@ -17,6 +17,9 @@ from mergekit_lite.evaluate.parts import Parts
 
 __all__ = ["GENAI", "build_graph"]
 
+_ROPES = ("default", "llama3")
+_HEAD = 16
+
 GENAI = frozenset({
     "llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "phi3", "ernie4_5",
 })  # fmt: skip
@@ -42,7 +45,7 @@ def build_graph(checkpoint: Checkpoint, route: Route, half: bool) -> tuple[Graph
     parts = Parts(checkpoint, torch.float32, "cpu")
     kind = kind_of(parts.model, checkpoint.label)
     config = checkpoint.config
-    trusted = config.get("model_type") in GENAI and not _windowed(config)
+    trusted = _trusted(parts.model.config)
     if kind == "decoder" and (route == "genai" or (route == "auto" and trusted)):
         defer(parts.model)
         try:
@@ -65,9 +68,22 @@ def build_graph(checkpoint: Checkpoint, route: Route, half: bool) -> tuple[Graph
     return export(parts.model, kind, half), parts
 
 
-def _windowed(config: Any) -> bool:
-    """Whether all layers look back over a window only; the builder's operator forgets it."""
-    window = config.get("sliding_window")
-    if window is None or config.get("use_sliding_window") is False:
-        return False
-    return bool(config.get("model_type") != "gemma2")
+def _trusted(config: Any) -> bool:
+    """Whether the builder is known to make a model right, by transformers' config of it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    windowed = getattr(config, "sliding_window", None) is not None
+    return (
+        config.model_type in GENAI
+        # Its operator forgets the window where all layers have one.
+        and (config.model_type == "gemma2" or not windowed or _unused_window(config))
+        and rope.get("rope_type", "default") in _ROPES
+        and rope.get("partial_rotary_factor", 1.0) == 1.0
+        and head % _HEAD == 0
+        # It takes any layer with as many outputs as tokens for the head.
+        and config.intermediate_size != config.vocab_size
+    )
+
+
+def _unused_window(config: Any) -> bool:
+    return getattr(config, "use_sliding_window", True) is False

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from exporters.onnx.graph import Kind
-from exporters.onnx.schemes import OnnxScheme
-from exporters.onnx.session import Feed, GraphRun
+from exporters.onnx.deferred import Read
+from exporters.onnx.graph import Graph, Kind, leave_unset
+from exporters.onnx.session import Feed, GraphRun, Refused
 from mergekit_lite.checkpoint.protocol import Checkpoint
 from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import PackError
@@ -22,7 +22,7 @@ from mergekit_lite.evaluate.forward import LayerwiseModel
 from mergekit_lite.evaluate.parts import Parts
 from mergekit_lite.merge.run import Progress
 
-__all__ = ["TOLERANCE", "Checked", "check", "check_form"]
+__all__ = ["TOLERANCE", "Checked", "Comparison", "check_form", "float_run", "refuse_other"]
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 1e-1}
 """Largest difference of a logit, over the largest logit, with which a graph of floats is right."""
@@ -117,65 +117,110 @@ def _check_model(path: Path) -> None:
         ) from None
 
 
-def check(
-    checkpoint: Checkpoint,
-    kind: Kind,
-    scheme: OnnxScheme,
-    run: GraphRun,
-    route: str,
-    progress: Progress,
-) -> Checked:
-    """Run a graph and its model on the same tokens.
+class Comparison:
+    """A model on some tokens, for graphs to be compared with.
 
     Args:
-        checkpoint: The model.
+        checkpoint: The model, which is run when it is first compared.
         kind: Of the model.
-        scheme: Of the graph.
-        run: The graph.
-        route: What made it.
         progress: Told how far it is.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, kind: Kind, progress: Progress) -> None:
+        made = np.random.Generator(np.random.PCG64(_SEED))
+        stated = checkpoint.config.get("vocab_size")
+        size = stated if isinstance(stated, int) and stated > 0 else 1
+        self._checkpoint = checkpoint
+        self._kind = kind
+        self._progress = progress
+        self._batches = [
+            made.integers(min(3, size - 1), size, (rows, tokens)) for rows, tokens, _ in _SIZES
+        ]
+        self._expected: list[Array] | None = None
+
+    def measure(self, run: GraphRun) -> Checked:
+        """How far a graph is from the model."""
+        import torch
+
+        tensors = [torch.from_numpy(batch) for batch in self._batches]
+        cached = None
+        if self._kind == "decoder":
+            if self._expected is None:
+                self._expected = _decoded(self._checkpoint, tensors, self._progress)
+            found, cached = _run_decoder(run, self._batches)
+        else:
+            if self._expected is None:
+                self._expected = _encoded(self._checkpoint, run, tensors)
+            found = _run_encoder(run, self._batches)
+        pairs = list(zip(self._expected, found, strict=True))
+        with_cache = None
+        if cached is not None:
+            with_cache = max(
+                float(np.abs(e[:, first:] - f).max())
+                for e, f, (_, _, first) in zip(self._expected, cached, _SIZES, strict=True)
+            )
+        same = [(e.argmax(-1) == f.argmax(-1)).reshape(-1) for e, f in pairs]
+        return Checked(
+            max(float(np.abs(e - f).max()) for e, f in pairs),
+            max(float(np.abs(e).max()) for e in self._expected),
+            with_cache,
+            float(np.concatenate(same).mean()),
+            sum(batch.size for batch in self._batches),
+            _ran(cached is not None) / max(run.seconds, 1e-9),
+        )
+
+
+def refuse_other(checked: Checked, limit: float | None, route: str) -> None:
+    """Refuse a graph that is not the model.
+
+    Args:
+        checked: How far it is from the model.
+        limit: Largest difference over the largest output; None where only numbers are wanted.
+        route: What made the graph.
 
     Raises:
-        PackError: A graph of floats is not the model.
+        Refused: It is another model.
     """
-    import torch
-
-    made = np.random.Generator(np.random.PCG64(_SEED))
-    size = int(str(checkpoint.config.get("vocab_size", 100)))
-    batches = [made.integers(3, size, (rows, tokens)) for rows, tokens, _ in _SIZES]
-    tensors = [torch.from_numpy(batch) for batch in batches]
-    if kind == "decoder":
-        expected = _decoded(checkpoint, tensors, progress)
-        found, cached = _run_decoder(run, batches)
-    else:
-        expected = _encoded(checkpoint, run, tensors)
-        found, cached = _run_encoder(run, batches), None
-    largest = max(float(np.abs(e).max()) for e in expected)
-    apart = [float(np.abs(e - f).max()) for e, f in zip(expected, found, strict=True)]
-    same = np.concatenate([
-        (e.argmax(-1) == f.argmax(-1)).reshape(-1) for e, f in zip(expected, found, strict=True)
-    ])  # fmt: skip
-    with_cache = None
-    if cached is not None:
-        with_cache = max(
-            float(np.abs(e[:, first:] - f).max())
-            for e, f, (_, _, first) in zip(expected, cached, _SIZES, strict=True)
-        )
-    tokens = sum(batch.size for batch in batches)
-    checked = Checked(
-        max(apart), largest, with_cache, float(same.mean()), tokens,
-        _ran(cached is not None) / max(run.seconds, 1e-9),
-    )  # fmt: skip
-    worst = max(checked.difference, with_cache or 0.0)
-    limit = TOLERANCE.get(scheme.name)
-    if not np.isfinite(worst) or (limit is not None and worst > limit * max(1.0, largest)):
-        raise PackError(
-            f"the graph by {route} is not the model: logits differ by {checked.difference:.2g}"
-            + (f" ({with_cache:.2g} with a cache)" if with_cache is not None else "")
-            + f", the largest is {largest:.3g}",
+    worst = max(checked.difference, checked.cached or 0.0)
+    if not np.isfinite(worst) or (limit is not None and worst > limit * max(1.0, checked.largest)):
+        cached = "" if checked.cached is None else f" ({checked.cached:.2g} with a cache)"
+        raise Refused(
+            f"the graph by {route} is not the model: outputs differ by {checked.difference:.2g}"
+            f"{cached}, the largest is {checked.largest:.3g}",
             "Try the other way of exporting: --graph torch, or --graph genai.",
         )
-    return checked
+
+
+def float_run(graph: Graph, read: Read, threads: int, budget: int) -> GraphRun:
+    """What runs a graph of floats whose weights are in no file: they are read when they are needed.
+
+    Args:
+        graph: Its weights have no content; left as it is.
+        read: Gives the values of parameters.
+        threads: Of onnxruntime.
+        budget: Bytes of weights in memory.
+    """
+    import onnx_ir
+
+    initializers = graph.model.graph.initializers
+    for name in graph.deferred:
+        if name in initializers:
+            value = initializers[name]
+            length = value.const_value.nbytes
+            value.const_value = onnx_ir.ExternalTensor(
+                "deferred", 0, length, value.dtype, shape=value.shape, name=name
+            )
+    message = onnx_ir.to_proto(graph.model)
+    for name in graph.deferred:
+        if name in initializers:
+            leave_unset(initializers[name])
+
+    def values(name: str) -> Array:
+        kind = np.float16 if initializers[name].dtype.name == "FLOAT16" else np.float32
+        found: Array = graph.deferred[name].read(read).contiguous().numpy()
+        return found.astype(kind, copy=False) if found.dtype.kind == "f" else found
+
+    return GraphRun(Path(), budget, threads, False, values, message)
 
 
 def _decoded(checkpoint: Checkpoint, batches: Sequence[Any], progress: Progress) -> list[Array]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from exporters.onnx.session import GraphRun
+from mergekit_lite.checkpoint.onnx import config_beside
 from mergekit_lite.errors import PackError
 from mergekit_lite.evaluate.measure import check_tokens
 from mergekit_lite.merge.run import Progress, default_threads
@@ -36,12 +36,24 @@ class OnnxSubject:
         self.by = f"onnxruntime {onnxruntime.__version__}"
         self._run = GraphRun(path, _half_of_memory(), default_threads())
         self._tokens = 0
-        if "logits" not in self._run.outputs or "input_ids" not in self._run.inputs:
+        stated = _stated(path)
+        named = stated.get("architectures")
+        kinds = named if isinstance(named, list) else []
+        if (
+            "logits" not in self._run.outputs
+            or "input_ids" not in self._run.inputs
+            or (
+                kinds
+                and not any("CausalLM" in str(k) or "LMHead" in str(k) for k in kinds)
+                and not self._run.cache.layers
+            )
+        ):
             raise PackError(
-                f"{name}: gives no logits of tokens ({', '.join(self._run.outputs[:3])})",
+                f"{name}: gives no logits of the next token ({', '.join(self._run.outputs[:3])})",
                 "Perplexity is measured of language models.",
             )
-        self._vocabulary = _vocabulary(path)
+        size = stated.get("vocab_size")
+        self._vocabulary = size if isinstance(size, int) else None
 
     def prepare(self, batches: Sequence[Any], progress: Progress) -> None:
         """Nothing but a look at the tokens."""
@@ -55,6 +67,12 @@ class OnnxSubject:
 
         for batch in batches:
             [found] = self._run.run_all([self._run.feed(batch.numpy())])
+            if found["logits"].shape[:-1] != batch.shape:
+                raise PackError(
+                    f"{self.name}: gives logits {list(found['logits'].shape)} for tokens "
+                    f"{list(batch.shape)}",
+                    "Perplexity is measured of language models.",
+                )
             self._tokens += batch.numel()
             yield torch.from_numpy(found["logits"].astype(np.float32, copy=False))
 
@@ -66,14 +84,9 @@ class OnnxSubject:
         """Nothing is held."""
 
 
-def _vocabulary(path: Path) -> int | None:
-    """Number of tokens, as the config beside a graph says."""
-    for folder in (path.parent, path.parent.parent):
-        file = folder / "config.json"
-        if file.is_file():
-            stated = json.loads(file.read_text("utf-8")).get("vocab_size")
-            return stated if isinstance(stated, int) else None
-    return None
+def _stated(path: Path) -> Mapping[str, object]:
+    """The config beside a graph, or beside the folder that it is in."""
+    return config_beside(path.parent) or config_beside(path.parent.parent)
 
 
 def _half_of_memory() -> int:

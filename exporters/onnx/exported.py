@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any
@@ -91,10 +92,13 @@ def export(model: Any, kind: Kind, half: bool) -> Graph:
     except PackError:
         raise
     except Exception as error:
-        what = str(error).strip().splitlines()
+        inner = error
+        while inner.__cause__ is not None:  # torch tells the cause last
+            inner = inner.__cause__  # type: ignore[assignment]
+        what = re.sub(r"\x1b\[[0-9;]*m", "", str(inner)).strip().splitlines()
         raise PackError(
             f"a {type(model).__name__} cannot be exported by torch {torch.__version__}: "
-            f"{type(error).__name__}: {what[0][:160] if what else ''}",
+            f"{type(inner).__name__}: {what[0][:160] if what else ''}",
             "This architecture is not exported to ONNX here; --to gguf may know it.",
         ) from None
     deferred = _tie(made.model, paths)

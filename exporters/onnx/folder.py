@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from exporters.onnx.graph import Cache
+from mergekit_lite.errors import FileFormatError
 from mergekit_lite.merge.config import to_json
 
 __all__ = ["genai_config", "small_files"]
@@ -37,9 +38,9 @@ def small_files(
     }
     found["config.json"] = to_json(kept)
     if "tokenizer.json" in found:
-        settings = json.loads(found.get("tokenizer_config.json", b"{}"))
+        settings = _object(found, "tokenizer_config.json")
         if "chat_template.jinja" in found and "chat_template" not in settings:
-            settings["chat_template"] = found["chat_template.jinja"].decode()
+            settings["chat_template"] = _text(found, "chat_template.jinja")
         _as_before(settings)
         found["tokenizer_config.json"] = to_json(settings)
     return found
@@ -74,9 +75,7 @@ def genai_config(
         names: Inputs and outputs of the graph.
         path: Of the graph, below the folder.
     """
-    stated: dict[str, Any] = {}
-    if "generation_config.json" in files:
-        stated = json.loads(files["generation_config.json"])
+    stated = _object(files, "generation_config.json")
 
     def either(key: str, default: Any) -> Any:
         found = stated.get(key)
@@ -89,7 +88,7 @@ def genai_config(
     end = either("eos_token_id", [])
     # genai refuses a model with an ending token outside of the vocabulary.
     ends = [token for token in (end if isinstance(end, list) else [end])
-            if 0 <= token < config.vocab_size]  # fmt: skip
+            if isinstance(token, int) and 0 <= token < config.vocab_size]  # fmt: skip
     first_end = ends[0] if ends else 0
     lengths = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len"))
     length = next((size for size in lengths if isinstance(size, int) and size > 0), 2048)
@@ -128,9 +127,36 @@ def genai_config(
             "num_beams": 1,
             "num_return_sequences": 1,
             "past_present_share_buffer": False,
-            "repetition_penalty": float(stated.get("repetition_penalty") or 1.0),
-            "temperature": float(stated.get("temperature") or 1.0),
-            "top_k": int(stated.get("top_k") or 50),
-            "top_p": float(stated.get("top_p") or 1.0),
+            "repetition_penalty": _number(stated, "repetition_penalty", 1.0),
+            "temperature": _number(stated, "temperature", 1.0),
+            "top_k": int(_number(stated, "top_k", 50)),
+            "top_p": _number(stated, "top_p", 1.0),
         },
     })  # fmt: skip
+
+
+def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """A small file that holds one JSON object; empty where there is none.
+
+    Raises:
+        FileFormatError: It holds something else.
+    """
+    try:
+        found = json.loads(files.get(name, b"{}"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise FileFormatError(f"{name}: is not a JSON object", "Correct it, or copy it again.")
+    return found
+
+
+def _text(files: Mapping[str, bytes], name: str) -> str:
+    try:
+        return files[name].decode()
+    except UnicodeDecodeError:
+        raise FileFormatError(f"{name}: is not text in UTF-8", "Copy it again.") from None
+
+
+def _number(stated: Mapping[str, Any], key: str, usual: float) -> float:
+    found = stated.get(key)
+    return float(found) if isinstance(found, (int, float)) and found else usual

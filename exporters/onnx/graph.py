@@ -26,6 +26,9 @@ PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
 optimum's convention, which transformers.js and onnxruntime-genai follow."""
 
 
+_RANK = 4
+
+
 @dataclass(frozen=True)
 class Graph:
     """What an export gives.
@@ -71,7 +74,12 @@ def cache_of(
     """
     found: list[tuple[int, int, int]] = []
     while (key := PAST.format(len(found), "key")) in inputs:
-        value = inputs[PAST.format(len(found), "value")]
+        value = inputs.get(PAST.format(len(found), "value"), ())
+        if len(inputs[key]) != _RANK or len(value) != _RANK:
+            raise PackError(
+                f"'{key}' is no cache of keys beside one of values with {_RANK} dimensions",
+                "Graphs with such a cache are run.",
+            )
         sizes = [inputs[key][1], inputs[key][3], value[3]]
         known = [
             size if isinstance(size, int) else other

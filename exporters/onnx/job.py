@@ -92,10 +92,10 @@ def run_job(model: WholeModel, job: OnnxJob, progress: Progress) -> MadeOnnx:
     rounded = open_whole(str(scratch.resolve()))
     try:
         made = run_onnx(model, _request(job, windows, wanted, rounded), progress)
-        return replace(made, seconds=time.monotonic() - began)
     finally:
         rounded.close()
-        shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return replace(made, seconds=time.monotonic() - began)
 
 
 def _request(

@@ -22,6 +22,7 @@ __all__ = ["Asked", "Codes", "Rewritten", "rewrite"]
 
 _MS = "com.microsoft"
 _HEAD_BITS, _HEAD_BLOCK = 8, 32
+_LARGEST_HALF = 65504.0
 _FEWEST = 16
 """Outputs of a product that is worth rounding; heads of classifiers have fewer."""
 
@@ -62,12 +63,14 @@ class Rewritten:
         pieces: What makes initializers, in the order of the file.
         rounded: Number of matrices that became smaller.
         kept: Number of those whose codes were there already.
+        notes: What the user should know.
     """
 
     model: Any
     pieces: Sequence[Piece]
     rounded: int
     kept: int
+    notes: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class _Rewriter:
         self.pieces: dict[str, Piece] = {}
         self.rounded = 0
         self.kept = 0
+        self.again = 0
         self._inputs: dict[int, tuple[Any, Any, Any]] = {}
         self._heads: dict[str, tuple[str, ...]] = {}
 
@@ -126,7 +130,25 @@ class _Rewriter:
         order = [piece for name, piece in self.pieces.items() if name in self.ir.initializers]
         self.graph.model.opset_imports.setdefault(_MS, 1)
         self.ir.sort()
-        return Rewritten(self.graph.model, order, self.rounded, self.kept)
+        return Rewritten(self.graph.model, order, self.rounded, self.kept, self._notes(order))
+
+    def _notes(self, order: Sequence[Piece]) -> list[str]:
+        if self.asked.scheme.bits is None:
+            return []
+        found = []
+        if self.again:
+            found.append(
+                f"{self.again} matrices had codes already that do not fit here, and were rounded "
+                "again"
+            )
+        floats = sum(piece.elements for piece in order if piece.names[0] in self.graph.deferred)
+        every = sum(piece.elements for piece in order)
+        if 2 * floats > every:
+            found.append(
+                f"{100 * floats / every:.0f} % of the weights stay floats: they are not in linear "
+                "layers that are rounded here"
+            )
+        return found
 
     def _products(self) -> Iterator[_Product]:
         deferred = self.graph.deferred
@@ -249,13 +271,15 @@ class _Rewriter:
             return None
         first = [self.asked.codes(part.parameter) for part in rows]
         fits = all(
-            held is not None and held.in_order and len(held.codes) == block * len(held.scales)
+            held is not None and held.in_order
+            and len(held.codes) % (block * len(held.scales)) == 0
             and held.codes.shape[0] == matrix.shape[1] and held.codes.shape[1] >= part.end
             for held, part in zip(first, rows, strict=True)
         )  # fmt: skip
         if not fits:
+            self.again += any(held is not None for held in first)
             return None
-        return lambda: [_part(self.asked.codes(part.parameter), part) for part in rows]
+        return lambda: [_part(self.asked.codes(part.parameter), part, block) for part in rows]
 
     def _experts(self, node: Any) -> None:
         """QMoE in the place of MoE: a scale for a block, or of 8 bits for a row."""
@@ -458,10 +482,17 @@ def _name(product: _Product) -> str:
     return product.node.name or product.name
 
 
-def _part(held: Quantized | None, rows: Rows) -> Quantized:
+def _part(held: Quantized | None, rows: Rows, block: int) -> Quantized:
+    """Some rows of a matrix; a group of several blocks gives each of them its scale."""
     assert held is not None  # noqa: S101 (all parts were asked for before)
     part = slice(rows.begin, rows.end)
-    return Quantized(held.codes[:, part], held.scales[:, part], held.zeros[:, part], held.group_of)
+    times = len(held.codes) // (block * len(held.scales))
+    return Quantized(
+        held.codes[:, part],
+        np.repeat(held.scales[:, part], times, 0),
+        np.repeat(held.zeros[:, part], times, 0),
+        held.group_of,
+    )
 
 
 def _finite(name: str, weights: Any) -> Any:
@@ -479,6 +510,8 @@ def _rounded(name: str, matrix: Any, grid: Grid) -> Quantized:
     import torch
 
     weights = _finite(name, matrix)
+    if grid.scale_dtype == "F16" and float(weights.abs().max()) > _LARGEST_HALF:
+        raise PackError(f"'{name}' has values that float16 cannot hold", "Choose int4, or bf16.")
     rest = -weights.shape[1] % grid.scheme.size(weights.shape[1])
     if rest:
         weights = torch.nn.functional.pad(weights, (0, rest))

@@ -5,19 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from exporters.linears.matrices import is_router
 from exporters.onnx.build import build_graph
 from exporters.onnx.card import onnx_card
-from exporters.onnx.check import Checked, check, check_form
+from exporters.onnx.check import (
+    TOLERANCE,
+    Checked,
+    Comparison,
+    check_form,
+    float_run,
+    refuse_other,
+)
 from exporters.onnx.codes import codes_of
 from exporters.onnx.folder import genai_config, small_files
 from exporters.onnx.layout import LaidOut, lay_out_graph
@@ -25,7 +33,7 @@ from exporters.onnx.link import Links, link_weights
 from exporters.onnx.pieces import Piece
 from exporters.onnx.rewrite import Asked, Rewritten, rewrite
 from exporters.onnx.schemes import OnnxScheme, Route
-from exporters.onnx.session import GraphRun
+from exporters.onnx.session import GraphRun, Refused
 from mergekit_lite.checkpoint.protocol import Checkpoint
 from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import Interrupted
@@ -37,6 +45,7 @@ from mergekit_lite.merge.run import Progress
 from mergekit_lite.merge.writer import (
     ArtifactWriter,
     OutputFile,
+    explained,
     refuse_existing,
     refuse_inputs,
     write_durably,
@@ -49,6 +58,7 @@ FORMAT = 1
 FOLDER = "onnx"
 """Where transformers.js and optimum look for graphs."""
 _BUDGET = 256 << 20
+_FLOATS = {"float32": "fp32", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -124,37 +134,65 @@ def run_onnx(model: WholeModel, request: OnnxRequest, progress: Progress | None 
     progress = progress or Progress()
     refuse_existing(request.folder, request.force)
     refuse_inputs(request.folder, (source.path for source in model.sources))
-    with ExitStack() as stack:
+    notes: list[str] = []
+    try:
+        model.observe_alone(progress)
         try:
-            return _run(model, request, progress, stack, began)
-        except KeyboardInterrupt:
-            raise Interrupted("stopped", "Run the same command again.") from None
+            with ExitStack() as stack:
+                return _run(model, request, progress, stack, began, notes)
+        except _BuilderRefused as error:
+            notes.append(f"{error.message}; torch.onnx makes it")
+        with ExitStack() as stack:
+            return _run(model, replace(request, route="torch"), progress, stack, began, notes)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped", "Run the same command again.") from None
+
+
+class _BuilderRefused(Exception):
+    """A graph of the builder's is not right, and another way is open."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
 
 
 def _run(
-    model: WholeModel, request: OnnxRequest, progress: Progress, stack: ExitStack, began: float
+    model: WholeModel,
+    request: OnnxRequest,
+    progress: Progress,
+    stack: ExitStack,
+    began: float,
+    why: Sequence[str],
 ) -> MadeOnnx:
     scheme = request.scheme
-    model.observe_alone(progress)
     progress.begin("Graph", 0)
     weights = request.rounded or model.checkpoint
     # The builder joins and turns matrices, which then lie nowhere in the files.
     route = "torch" if request.linked and request.route == "auto" else request.route
     graph, parts = build_graph(weights, route, scheme.half)
+    comparison = Comparison(model.checkpoint, graph.kind, progress)
+    built = graph.route.startswith("onnxruntime-genai")
+    if built and scheme.bits is not None and request.verify:
+        # What codes cost would hide a graph that is another model, so it is run with floats first.
+        itself = parts if request.rounded is None else Parts(model.checkpoint, torch.float32, "cpu")
+        with _builder_may_fail(built and request.route == "auto"):
+            run = float_run(graph, itself.parameter, request.threads, _BUDGET)
+            refuse_other(comparison.measure(run), TOLERANCE[_FLOATS[scheme.dtype]], graph.route)
     made = rewrite(graph, Asked(
         scheme, request.block, request.symmetric, _routers(parts),
         _head(parts.model), codes_of(weights, parts),
     ))  # fmt: skip
     links = link_weights(graph, made, parts, weights) if request.linked else Links({}, {})
     laid = lay_out_graph(made, FOLDER, scheme.file, links.places)
-    notes = list(dict.fromkeys([*model.notes, *graph.notes]))
+    notes = list(dict.fromkeys([*model.notes, *why, *graph.notes, *made.notes]))
     for line in notes:
         progress.note(line)
+    beside = small_files(model.files, model.checkpoint.config, scheme.file, laid.chunks)
     writer = ArtifactWriter(
         request.folder, laid.shards, _fingerprint(model, request, laid), request.force
     )
     stack.callback(writer.close)
-    if writer.discarded:
+    if writer.discarded and not why:
         progress.note("the model or the settings changed since the run that was stopped; "
                       "starting afresh")  # fmt: skip
     if is_first_use():
@@ -165,14 +203,17 @@ def _run(
     for name, source in links.files.items():
         writer.link(f"{FOLDER}/{name}", source, digests[name])
     path = f"{FOLDER}/{scheme.file}.onnx"
-    write_durably(writer.partial / path, laid.graph)
-    check_form(writer.partial / path, links.files)
+    with explained(request.folder):
+        write_durably(writer.partial / path, laid.graph)
+        check_form(writer.partial / path, links.files)
     run = GraphRun(writer.partial / path, _BUDGET, request.threads, scheme.bits is not None)
     checked = None
     if request.verify:
-        checked = check(model.checkpoint, graph.kind, scheme, run, graph.route, progress)
+        with _builder_may_fail(built and request.route == "auto"):
+            checked = comparison.measure(run)
+            refuse_other(checked, TOLERANCE.get(scheme.name), graph.route)
     files = {
-        **small_files(model.files, model.checkpoint.config, scheme.file, laid.chunks),
+        **beside,
         path: laid.graph,
     }
     if graph.kind == "decoder":
@@ -207,6 +248,17 @@ def _run(
     )
 
 
+@contextmanager
+def _builder_may_fail(another: bool) -> Iterator[None]:
+    """Let a refused graph be made another way, where there is another."""
+    try:
+        yield
+    except Refused as error:
+        if another:
+            raise _BuilderRefused(error.message) from None
+        raise
+
+
 def _options(request: OnnxRequest) -> dict[str, Any]:
     """What was asked for and differs from the usual."""
     pairs = {
@@ -224,7 +276,6 @@ def _opset(made: Rewritten) -> int:
 def _versions() -> dict[str, str]:
     import onnx
     import onnxruntime
-    import torch
     import transformers
 
     return {

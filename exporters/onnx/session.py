@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +14,11 @@ import numpy as np
 import onnx
 
 from exporters.onnx.graph import PAST, PRESENT, Cache, cache_of
+from mergekit_lite.checkpoint.onnx import config_beside
 from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import FileFormatError, PackError
 
-__all__ = ["Feed", "GraphRun", "require_onnxruntime"]
+__all__ = ["Feed", "GraphRun", "Refused", "require_onnxruntime"]
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _NUMPY = {
@@ -35,13 +35,13 @@ class _Stage:
         message: A graph of its own.
         inputs: What goes in.
         outputs: What comes out.
-        spans: Where its weights lie: file, first byte, bytes.
+        spans: Where its weights lie, by name: file, first byte, bytes.
     """
 
     message: bytes
     inputs: Sequence[str]
     outputs: Sequence[str]
-    spans: Sequence[tuple[str, int, int]] = ()
+    spans: Mapping[str, tuple[str, int, int]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,10 @@ class Feed:
     before: int = 0
 
 
+class Refused(PackError):
+    """onnxruntime does not take a graph, or the graph is not the model."""
+
+
 class GraphRun:
     """A graph that can be run.
 
@@ -69,6 +73,8 @@ class GraphRun:
         threads: Of onnxruntime.
         prepack: Whether a graph in pieces lays its weights out anew before it runs them. That pays
             for codes, and for floats only if a piece is run often.
+        values: Gives the content of weights beside the graph, by name, where they are in no file.
+        model: The graph, where it is in no file.
 
     Attributes:
         inputs: Types and shapes by name; symbols are strings.
@@ -80,17 +86,28 @@ class GraphRun:
         PackError: onnxruntime does not take it.
     """
 
-    def __init__(self, path: Path, budget: int, threads: int, prepack: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        budget: int,
+        threads: int,
+        prepack: bool = True,
+        values: Callable[[str], Array] | None = None,
+        model: Any = None,
+    ) -> None:
         self._path = path
         self._prepack = prepack
         self._threads = threads
+        self._values = values
         self.seconds = 0.0
-        try:
-            model = onnx.load(path, load_external_data=False)
-        except Exception as error:
-            raise FileFormatError(
-                f"{path}: cannot be read as ONNX ({type(error).__name__})", "Copy the file again."
-            ) from None
+        if model is None:
+            try:
+                model = onnx.load(path, load_external_data=False)
+            except Exception as error:
+                raise FileFormatError(
+                    f"{path}: cannot be read as ONNX ({type(error).__name__})",
+                    "Copy the file again.",
+                ) from None
         self.inputs = {
             value.name: (_NUMPY.get(value.type.tensor_type.elem_type), _shape(value))
             for value in model.graph.input
@@ -146,7 +163,8 @@ class GraphRun:
         for stage in reversed(self._stages[1:]):
             later.append(later[-1] | set(stage.inputs))
         for at, (stage, wanted) in enumerate(zip(self._stages, reversed(later), strict=True)):
-            self._ask_for(self._stages[at : at + 2])
+            if self._values is None:
+                self._ask_for(self._stages[at : at + 2])
             session = self._session(at)
             for feed, values in zip(feeds, held, strict=True):
                 given = {name: self._value(name, feed, values, held) for name in stage.inputs}
@@ -163,8 +181,13 @@ class GraphRun:
 
     @staticmethod
     def _value(name: str, feed: Feed, values: Mapping[str, Array], held: Any) -> Array:
-        if name in values or feed.after is None:
+        if name in values:
             return values[name]
+        if feed.after is None or not name.startswith("past_key_values."):
+            raise PackError(
+                f"the graph has an input that is not filled here: '{name}'",
+                "Graphs with input_ids, attention_mask, position_ids and a cache are run.",
+            )
         _, layer, part = name.split(".")
         found: Array = held[feed.after][PRESENT.format(layer, part)]
         return found[:, :, : feed.before]
@@ -199,7 +222,7 @@ class GraphRun:
         if not hasattr(os, "posix_fadvise"):
             return
         for stage in stages:
-            for file, offset, length in stage.spans:
+            for file, offset, length in stage.spans.values():
                 fd = os.open(self._path.parent / file, os.O_RDONLY)
                 try:
                     os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
@@ -219,6 +242,11 @@ class GraphRun:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if len(self._stages) > 1 and not self._prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        held = []
+        if self._values is not None:
+            names = list(self._stages[at].spans)
+            held = [onnxruntime.OrtValue.ortvalue_from_numpy(self._values(n)) for n in names]
+            options.add_external_initializers(names, held)
         try:
             made = onnxruntime.InferenceSession(
                 self._stages[at].message, options, providers=["CPUExecutionProvider"]
@@ -248,22 +276,25 @@ def require_onnxruntime(what: str) -> None:
 def _heads_of(path: Path) -> tuple[int | None, int | None]:
     """Number and size of heads by the config beside a graph, which may leave them open."""
     for folder in (path.parent, path.parent.parent):
-        if (folder / "config.json").is_file():
-            config = json.loads((folder / "config.json").read_text("utf-8"))
-            attention = config.get("num_attention_heads")
-            heads = config.get("num_key_value_heads") or attention
-            size = config.get("head_dim")
-            if size is None and attention and config.get("hidden_size"):
-                size = config["hidden_size"] // attention
-            return heads, size
+        config = config_beside(folder)
+        if config:
+            keys = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+            attention, heads, size, hidden = (
+                found if isinstance(found := config.get(key), int) and found > 0 else None
+                for key in keys
+            )
+            if size is None and attention and hidden:
+                size = hidden // attention
+            return heads or attention, size
     return None, None
 
 
 def _explained(path: Path, error: Exception) -> PackError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return PackError(
+    return Refused(
         f"{path}: onnxruntime refuses it: {lines[0][:300]}",
-        "Its version may be too old for this file: pip install -U onnxruntime",
+        "Export it again (--graph torch makes another graph), or copy it again with the files "
+        "beside it; its operators may also be newer than this onnxruntime.",
     )
 
 
@@ -279,7 +310,17 @@ def _span(tensor: Any) -> tuple[str, int, int] | None:
     stated = {entry.key: entry.value for entry in tensor.external_data}
     if "location" not in stated:
         return None
-    return stated["location"], int(stated.get("offset", 0)), int(stated.get("length", 0))
+    numbers = stated.get("offset", "0"), stated.get("length", "0")
+    if not all(number.isdecimal() for number in numbers):
+        raise FileFormatError(
+            f"'{tensor.name}' has an offset that is no number",
+            "Export it again, or copy it again with the files beside it.",
+        )
+    return stated["location"], int(numbers[0]), int(numbers[1])
+
+
+def _spans(graph: Any) -> dict[str, tuple[str, int, int]]:
+    return {tensor.name: span for tensor in graph.initializer if (span := _span(tensor))}
 
 
 def _size(tensor: Any) -> int:
@@ -294,7 +335,8 @@ def _cut(model: Any, budget: int) -> list[_Stage]:
     sizes = {name: _size(tensor) for name, tensor in initializers.items()}
     if sum(sizes.values()) <= budget:
         inputs = [value.name for value in graph.input]
-        return [_Stage(model.SerializeToString(), inputs, [v.name for v in graph.output])]
+        outputs = [value.name for value in graph.output]
+        return [_Stage(model.SerializeToString(), inputs, outputs, _spans(graph))]
     groups: list[list[Any]] = [[]]
     held: set[str] = set()
     total = 0
@@ -342,6 +384,6 @@ def _stages(model: Any, groups: Sequence[Sequence[Any]], initializers: Any) -> l
                     )
                 value.type.tensor_type.elem_type = kind
                 target.append(value)
-        spans = [span for tensor in piece.graph.initializer if (span := _span(tensor))]
+        spans = _spans(piece.graph)
         found.append(_Stage(piece.SerializeToString(), inputs, outputs, spans))
     return found

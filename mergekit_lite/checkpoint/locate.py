@@ -102,6 +102,11 @@ def _open_path(path: Path, label: str) -> Checkpoint:
         )
     if path.suffix == ".gguf":
         return _gguf(path, label)
+    if path.suffix == ".onnx":
+        raise PackError(
+            f"{label}: is a graph of ONNX, of which no model is made",
+            "Name the model that it was made of; pack eval and pack inspect read graphs.",
+        )
     if path.suffix in {".bin", ".pt", ".pth"}:
         return PytorchCheckpoint([path], None, label)
     return SafetensorsCheckpoint(path, label)

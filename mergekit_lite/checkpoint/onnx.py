@@ -28,7 +28,7 @@ from mergekit_lite.checkpoint.protocol import (
 from mergekit_lite.dtypes import DTYPES, Array
 from mergekit_lite.errors import FileFormatError, PackError
 
-__all__ = ["OnnxCheckpoint", "find_graph"]
+__all__ = ["OnnxCheckpoint", "config_beside", "find_graph"]
 
 # onnx.TensorProto.DataType, by number.
 _TYPES = {
@@ -47,7 +47,8 @@ def find_graph(path: Path) -> Path | None:
     """
     if path.is_file():
         return path if path.suffix == ".onnx" else None
-    if any(path.glob("*.safetensors")) or any(path.glob("*.gguf")):
+    alone = not (path / "config.json").is_file()  # weights that a graph links lie beside it
+    if (not alone and any(path.glob("*.safetensors"))) or any(path.glob("*.gguf")):
         return None
     found = sorted([*path.glob("*.onnx"), *path.glob("onnx/*.onnx")])
     if len(found) > 1:
@@ -112,7 +113,7 @@ class OnnxCheckpoint(Checkpoint):
         self._path = path
         above = path.parent.parent if path.parent.name == "onnx" else path.parent
         self.folder = above if (above / "config.json").is_file() else path.parent
-        self.config = _config(self.folder / "config.json")
+        self.config = config_beside(self.folder)
         try:
             self._model: Any = onnx.load(path, load_external_data=False)
             self._model.graph.ByteSize()
@@ -231,9 +232,10 @@ def _values(tensor: Any) -> bytes:
         return b""  # of another length than its shape, which is refused
 
 
-def _config(path: Path) -> Mapping[str, object]:
+def config_beside(folder: Path) -> Mapping[str, object]:
+    """The config.json of a folder; empty where there is none that can be read."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

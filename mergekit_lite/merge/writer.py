@@ -51,6 +51,11 @@ def explained(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full",
                 "Free some space, then run the same command again; finished shards are kept.",
             ) from None
+        if error.errno == errno.EFBIG:
+            raise PackError(
+                f"{error.filename or path}: is larger than the system allows a file to be",
+                "Raise the limit (ulimit -f), or choose another disk: -o DIR",
+            ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise PackError(
                 f"{error.filename or path}: {error.strerror}",

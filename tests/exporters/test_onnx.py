@@ -184,6 +184,48 @@ def test_decoders(family: str, tmp_path: Path) -> None:
         assert apart(logits[0, 5:], expected[0, 5:]) < 1e-4
 
 
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "as many inner outputs as tokens": ("LlamaForCausalLM", {"intermediate_size": 96}),
+    "linear rope": ("LlamaForCausalLM", {"rope_parameters": {
+        "rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0,
+    }}),
+    "heads of 24": ("LlamaForCausalLM", {"head_dim": 24}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_the_builder_gets_wrong(
+    odd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not asked; where it is, the graph is refused or made another way, of codes too."""
+    name, more = ODD[odd]
+    model = random_model(tmp_path / "model", name, more)
+    made = export(tmp_path / "model", tmp_path / "fp32")
+    assert made.route.startswith(TORCH)
+    assert made.notes == []
+    with pytest.raises(PackError):
+        export(tmp_path / "model", tmp_path / "genai", "int4", route="genai")
+    assert not (tmp_path / "genai").exists()
+    monkeypatch.setattr("exporters.onnx.build._trusted", lambda _: True)
+    made = export(tmp_path / "model", tmp_path / "int4", "int4")
+    assert made.route.startswith(TORCH)
+    assert "torch.onnx makes it" in made.notes[0]
+    ids = ids_of(1, 40)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    assert apart(runner(tmp_path / "fp32").step(ids.numpy())[0], expected) < 1e-4
+
+
+def test_a_window_that_no_file_states(tmp_path: Path) -> None:
+    """transformers' default counts, though the few tokens of the comparison do not reach it."""
+    random_model(tmp_path / "model", "MistralForCausalLM", {"sliding_window": 4096})
+    path = tmp_path / "model" / "config.json"
+    stated = json.loads(path.read_text())
+    del stated["sliding_window"]
+    path.write_text(json.dumps(stated))
+    assert export(tmp_path / "model", tmp_path / "out").route.startswith(TORCH)
+
+
 @pytest.mark.parametrize("family", ENCODERS)
 def test_encoders(family: str, tmp_path: Path) -> None:
     """Outputs of transformers, for several batches and lengths, with padding."""
@@ -414,6 +456,49 @@ def test_codes_that_are_there(pack: Pack, tmp_path: Path) -> None:
         assert made.checked.difference < 0.05 * made.checked.largest
 
 
+def test_groups_of_several_blocks(pack: Pack, tmp_path: Path) -> None:
+    """A group of 64 is two blocks of 32 with one scale; columns in another order are told."""
+    model = tmp_path / "model"
+    random_model(model, "LlamaForCausalLM", {"intermediate_size": 128})
+    for scheme, more, kept in (("w4g64", ("--no-calibration",), 10), ("w8", (), 0)):
+        rounded = tmp_path / scheme
+        ran = pack("quantize", "--to", "gptq", scheme, model, "-o", rounded, "-q",
+                   *(more or ("--no-calibration",)))  # fmt: skip
+        assert ran.code == 0, ran.err
+        made = export(rounded, tmp_path / f"{scheme}-out", "int4")
+        lock = json.loads((made.folder / "pack.lock").read_text())
+        assert (lock["matrices"]["with_codes_of_their_own"] >= 10) == bool(kept)
+
+
+def test_values_that_half_precision_cannot_hold(tmp_path: Path) -> None:
+    model = random_model(tmp_path / "model", "LlamaForCausalLM", {})
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0, 0] = 1e8
+    model.save_pretrained(tmp_path / "model")
+    for scheme in ("fp16", "int4-fp16"):
+        with pytest.raises(PackError, match="float16 cannot hold"):
+            export(tmp_path / "model", tmp_path / "out", scheme)
+        assert not (tmp_path / "out").exists()
+
+
+def test_broken_small_files(pack: Pack, example_models: Path, tmp_path: Path) -> None:
+    """Told before weights are written."""
+    for name, content in (
+        ("generation_config.json", "[1]"),
+        ("generation_config.json", "{oops"),
+        ("tokenizer_config.json", "[]"),
+        ("chat_template.jinja", "\udcff"),
+    ):
+        folder = tmp_path / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(example_models / "base", folder)
+        (folder / name).write_text(content, errors="surrogateescape")
+        ran = pack("quantize", "--to", "onnx", "fp32", folder, "-o", tmp_path / "out")
+        assert ran.code == 1
+        assert f"error: {name}" in ran.err
+        assert not (tmp_path / "out").exists()
+
+
 def test_from_a_recipe(pack: Pack, example_models: Path, tmp_path: Path) -> None:
     """A TIES merge becomes int4 with no merged model on disk; bytes as of merging first."""
     shutil.copytree(example_models, tmp_path / "models")
@@ -609,3 +694,50 @@ def test_broken_graphs(pack: Pack, tmp_path: Path) -> None:
             assert ran.code == 1, harm
             assert "Traceback" not in ran.err
             assert ran.err.count("error:") == 1
+
+
+def test_measuring_what_is_no_language_model(pack: Pack, tmp_path: Path) -> None:
+    """One error each: an encoder, inputs that nobody fills, caches of another shape."""
+    random_model(tmp_path / "model", "LlamaForCausalLM", {})
+    good = tmp_path / "good"
+    export(tmp_path / "model", good)
+    random_model(tmp_path / "bert", "BertForMaskedLM", {})
+    export(tmp_path / "bert", tmp_path / "encoder")
+
+    def more(model: Any) -> None:
+        model.graph.input.append(
+            onnx.helper.make_tensor_value_info("use_cache_branch", onnx.TensorProto.BOOL, [1])
+        )
+        name = "use_cache_branch"
+        model.graph.node.append(onnx.helper.make_node("Identity", [name], ["kept"]))
+        model.graph.output.append(
+            onnx.helper.make_tensor_value_info("kept", onnx.TensorProto.BOOL, [1])
+        )
+
+    def flat(model: Any) -> None:
+        for value in model.graph.input:
+            if value.name == "past_key_values.0.key":
+                del value.type.tensor_type.shape.dim[2:]
+
+    def half(model: Any) -> None:
+        [at] = [i for i, v in enumerate(model.graph.input) if v.name == "past_key_values.0.value"]
+        del model.graph.input[at]
+
+    folders = [tmp_path / "encoder"]
+    for harm in (more, flat, half):
+        folder = tmp_path / harm.__name__
+        shutil.copytree(good, folder)
+        model = onnx.load(graph_of(folder), load_external_data=False)
+        harm(model)
+        onnx.save(model, graph_of(folder))
+        folders.append(folder)
+    for content in ("{oops", "[1]", '{"num_attention_heads": "x", "hidden_size": "y"}'):
+        folder = tmp_path / f"config-{len(content)}"
+        shutil.copytree(good, folder)
+        (folder / "config.json").write_text(content)
+        folders.append(folder)
+    for folder in folders:
+        ran = pack("eval", folder)
+        assert ran.code == 1, folder
+        assert ran.err.count("error:") == 1
+        assert "pack itself failed" not in ran.err
