@@ -8,6 +8,7 @@ outside, none may be a link.
 from __future__ import annotations
 
 import os
+import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import IO, Any
 
 from mergekit_lite.errors import FileFormatError, PackError
 from mergekit_lite.merge.writer import explained
+from mergekit_lite.release.manifest import is_plain_path
 
 __all__ = ["FORMATS", "pack_archive", "unpack_archive"]
 
@@ -88,12 +90,18 @@ def unpack_archive(path: Path, into: Path) -> Path:
             with tarfile.open(fileobj=stream, mode="r|") as archive:
                 for member in archive:
                     roots.add(member.name.partition("/")[0])
-                    if len(roots) != 1 or not member.isfile() or "/" not in member.name:
+                    plain = is_plain_path(member.name) and "/" in member.name
+                    if len(roots) != 1 or not member.isfile() or not plain:
                         raise FileFormatError(
                             f"{path}: is no archive of a release",
                             "It must hold one folder of plain files.",
                         )
-                    archive.extract(member, into, filter="data")
+                    content = archive.extractfile(member)
+                    assert content is not None  # noqa: S101 (of a file it is there)
+                    target = into / member.name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with content, target.open("xb") as file:
+                        shutil.copyfileobj(content, file, 1 << 20)
     except PackError:
         raise
     except Exception as error:  # whatever tarfile and zstandard find wrong
