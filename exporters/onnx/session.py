@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,23 @@ _NUMPY = {
 
 
 @dataclass(frozen=True)
+class _Span:
+    """Where a weight lies, and what it is.
+
+    Attributes:
+        file: Name of the file beside the graph.
+        offset: Its first byte there.
+        length: In bytes.
+        kind: ONNX's number of its type.
+    """
+
+    file: str
+    offset: int
+    length: int
+    kind: int
+
+
+@dataclass(frozen=True)
 class _Stage:
     """A part of a graph.
 
@@ -35,13 +52,13 @@ class _Stage:
         message: A graph of its own.
         inputs: What goes in.
         outputs: What comes out.
-        spans: Where its weights lie, by name: file, first byte, bytes.
+        spans: Where its weights lie, by name.
     """
 
     message: bytes
     inputs: Sequence[str]
     outputs: Sequence[str]
-    spans: Mapping[str, tuple[str, int, int]]
+    spans: Mapping[str, _Span]
 
 
 @dataclass(frozen=True)
@@ -162,21 +179,24 @@ class GraphRun:
         later = [set(self.outputs)]
         for stage in reversed(self._stages[1:]):
             later.append(later[-1] | set(stage.inputs))
-        for at, (stage, wanted) in enumerate(zip(self._stages, reversed(later), strict=True)):
-            if self._values is None:
-                self._ask_for(self._stages[at : at + 2])
-            session = self._session(at)
-            for feed, values in zip(feeds, held, strict=True):
-                given = {name: self._value(name, feed, values, held) for name in stage.inputs}
-                began = time.perf_counter()
-                try:
-                    found = session.run(list(stage.outputs), given)
-                except Exception as error:
-                    raise _explained(self._path, error) from None
-                self.seconds += time.perf_counter() - began
-                values.update(zip(stage.outputs, found, strict=True))
-                for name in [name for name in values if name not in wanted]:
-                    del values[name]
+        with ThreadPoolExecutor(1) as ahead:
+            coming = ahead.submit(self._content, 0)
+            for at, (stage, wanted) in enumerate(zip(self._stages, reversed(later), strict=True)):
+                content = coming.result()
+                coming = ahead.submit(self._content, at + 1)
+                session = self._session(at, content)
+                for feed, values in zip(feeds, held, strict=True):
+                    given = {name: self._value(name, feed, values, held) for name in stage.inputs}
+                    began = time.perf_counter()
+                    try:
+                        found = session.run(list(stage.outputs), given)
+                    except Exception as error:
+                        raise _explained(self._path, error) from None
+                    self.seconds += time.perf_counter() - began
+                    values.update(zip(stage.outputs, found, strict=True))
+                    for name in [name for name in values if name not in wanted]:
+                        del values[name]
+                del session, content
         return held
 
     @staticmethod
@@ -217,19 +237,13 @@ class GraphRun:
         }  # fmt: skip
         return found["logits"].astype(np.float32), cache
 
-    def _ask_for(self, stages: Sequence[_Stage]) -> None:
-        """Let the system read weights ahead; onnxruntime maps them and would wait page by page."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for stage in stages:
-            for file, offset, length in stage.spans.values():
-                fd = os.open(self._path.parent / file, os.O_RDONLY)
-                try:
-                    os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(fd)
+    def _content(self, at: int) -> dict[str, Array]:
+        """Content of a piece's weights that are in no file."""
+        if self._values is None or at >= len(self._stages):
+            return {}
+        return {name: self._values(name) for name in self._stages[at].spans}
 
-    def _session(self, at: int) -> Any:
+    def _session(self, at: int, content: Mapping[str, Array]) -> Any:
         """The session of a piece; only a graph in one piece keeps it."""
         if at in self._sessions:
             return self._sessions[at]
@@ -242,14 +256,15 @@ class GraphRun:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if len(self._stages) > 1 and not self._prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        held = []
-        if self._values is not None:
-            names = list(self._stages[at].spans)
-            held = [onnxruntime.OrtValue.ortvalue_from_numpy(self._values(n)) for n in names]
-            options.add_external_initializers(names, held)
+        stage = self._stages[at]
         try:
+            if content:
+                wrap = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
+                options.add_external_initializers(
+                    list(content), [wrap(v, stage.spans[n].kind) for n, v in content.items()]
+                )
             made = onnxruntime.InferenceSession(
-                self._stages[at].message, options, providers=["CPUExecutionProvider"]
+                stage.message, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
             raise _explained(self._path, error) from None
@@ -305,8 +320,8 @@ def _shape(value: Any) -> tuple[int | str | None, ...]:
     )
 
 
-def _span(tensor: Any) -> tuple[str, int, int] | None:
-    """File, first byte and bytes of an initializer beside the graph; None for one inside it."""
+def _span(tensor: Any) -> _Span | None:
+    """Where an initializer beside the graph lies; None for one inside it."""
     stated = {entry.key: entry.value for entry in tensor.external_data}
     if "location" not in stated:
         return None
@@ -316,16 +331,16 @@ def _span(tensor: Any) -> tuple[str, int, int] | None:
             f"'{tensor.name}' has an offset that is no number",
             "Export it again, or copy it again with the files beside it.",
         )
-    return stated["location"], int(numbers[0]), int(numbers[1])
+    return _Span(stated["location"], int(numbers[0]), int(numbers[1]), tensor.data_type)
 
 
-def _spans(graph: Any) -> dict[str, tuple[str, int, int]]:
+def _spans(graph: Any) -> dict[str, _Span]:
     return {tensor.name: span for tensor in graph.initializer if (span := _span(tensor))}
 
 
 def _size(tensor: Any) -> int:
     span = _span(tensor)
-    return int(tensor.ByteSize()) if span is None else span[2]
+    return int(tensor.ByteSize()) if span is None else span.length
 
 
 def _cut(model: Any, budget: int) -> list[_Stage]:
