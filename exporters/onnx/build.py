@@ -45,8 +45,8 @@ def build_graph(checkpoint: Checkpoint, route: Route, half: bool) -> tuple[Graph
     parts = Parts(checkpoint, torch.float32, "cpu")
     kind = kind_of(parts.model, checkpoint.label)
     config = checkpoint.config
-    trusted = _trusted(parts.model.config)
-    if kind == "decoder" and (route == "genai" or (route == "auto" and trusted)):
+    wanted = route == "genai" or (route == "auto" and _trusted(parts.model.config))
+    if kind == "decoder" and wanted:
         defer(parts.model)
         try:
             return build(parts.model, config, half), parts
@@ -70,13 +70,14 @@ def build_graph(checkpoint: Checkpoint, route: Route, half: bool) -> tuple[Graph
 
 def _trusted(config: Any) -> bool:
     """Whether the builder is known to make a model right, by transformers' config of it."""
+    if config.model_type not in GENAI:  # others may not even have these settings
+        return False
     rope = getattr(config, "rope_parameters", None) or {}
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     windowed = getattr(config, "sliding_window", None) is not None
     return (
-        config.model_type in GENAI
         # Its operator forgets the window where all layers have one.
-        and (config.model_type == "gemma2" or not windowed or _unused_window(config))
+        (config.model_type == "gemma2" or not windowed or _unused_window(config))
         and rope.get("rope_type", "default") in _ROPES
         and rope.get("partial_rotary_factor", 1.0) == 1.0
         and head % _HEAD == 0

@@ -12,12 +12,11 @@ from exporters.linears.run import run_linears
 from exporters.onnx.run import MadeOnnx, OnnxRequest, run_onnx
 from exporters.onnx.schemes import BLOCKS, OnnxScheme, Route
 from exporters.targets import Calibration, Wanted, cut_for, plan_target, refuse_gguf
-from mergekit_lite.errors import PackError
 from mergekit_lite.evaluate.text import Windows
 from mergekit_lite.merge.model import WholeModel, open_whole
 from mergekit_lite.merge.run import Progress
 
-__all__ = ["OnnxJob", "check_block", "describe_onnx", "run_job"]
+__all__ = ["OnnxJob", "describe_onnx", "run_job"]
 
 
 @dataclass(frozen=True)
@@ -51,18 +50,6 @@ class OnnxJob:
     dtype: str = "float32"
     linked: bool = False
     verify: bool = True
-
-
-def check_block(block: int) -> None:
-    """Check a size of blocks.
-
-    Raises:
-        PackError: It is none of those that there are.
-    """
-    if block not in BLOCKS:
-        raise PackError(
-            f"blocks of {block} weights are not made", f"Choose {' or '.join(map(str, BLOCKS))}."
-        )
 
 
 def run_job(model: WholeModel, job: OnnxJob, progress: Progress) -> MadeOnnx:

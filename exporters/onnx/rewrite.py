@@ -22,9 +22,13 @@ __all__ = ["Asked", "Codes", "Rewritten", "rewrite"]
 
 _MS = "com.microsoft"
 _HEAD_BITS, _HEAD_BLOCK = 8, 32
-_LARGEST_HALF = 65504.0
 _FEWEST = 16
 """Outputs of a product that is worth rounding; heads of classifiers have fewer."""
+_LARGEST_HALF = 65504.0
+_MIDDLE = 8
+"""Zero point of symmetric codes of 4 bits."""
+_LEVEL = 4
+"""``accuracy_level`` of MatMulNBits: inputs are multiplied as bytes where the processor can."""
 
 Codes = Callable[[str], Quantized | None]
 """The codes that a parameter already has, ``(in, out)`` with its groups; None for floats."""
@@ -41,8 +45,6 @@ class Asked:
         exempt: Parameters that stay floats (routers of experts).
         head: Parameters that get 8 bits where others get 4: embedding and head.
         codes: Codes that parameters have already.
-        level: ``accuracy_level`` of MatMulNBits: 4 multiplies bytes where the processor can, 0 what
-            the graph computes in.
     """
 
     scheme: OnnxScheme
@@ -50,8 +52,7 @@ class Asked:
     symmetric: bool
     exempt: frozenset[str]
     head: frozenset[str]
-    codes: Codes = lambda _: None
-    level: int = 4
+    codes: Codes
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class _Rewriter:
         node = onnx_ir.node(
             "MatMulNBits", [product.node.inputs[0], *values], domain=_MS,
             attributes={"K": columns, "N": rows, "bits": bits, "block_size": block,
-                        "accuracy_level": self.asked.level},
+                        "accuracy_level": _LEVEL},
             name=f"{_name(product)}/MatMulNBits",
         )  # fmt: skip
         self._finish(product, [node], node.outputs[0])
@@ -239,9 +240,10 @@ class _Rewriter:
         rows, columns = matrix.shape
         count = -(-columns // block)
         symmetric = self.asked.symmetric or bits == _HEAD_BITS
-        held = self._held(matrix, block) if bits != _HEAD_BITS else None
-        if held is not None and any((part.zeros != 1 << (bits - 1)).any() for part in held()):
-            symmetric = False
+        held = None
+        if bits != _HEAD_BITS and (found := self._held(matrix, block)) is not None:
+            held, centred = found
+            symmetric = symmetric and centred
         names = [f"{name}_Q{bits}", f"{name}_scales"]
         self._add(names[0], onnx_ir.DataType.UINT8, (rows, count, block * bits // 8))
         self._add(names[1], self._float, (rows, count))
@@ -264,8 +266,14 @@ class _Rewriter:
         self._heads[name] = tuple(names)
         return tuple(names)
 
-    def _held(self, matrix: Deferred, block: int) -> Callable[[], list[Quantized]] | None:
-        """Codes that all rows of a matrix have already, in blocks of this size."""
+    def _held(
+        self, matrix: Deferred, block: int
+    ) -> tuple[Callable[[], list[Quantized]], bool] | None:
+        """Codes that all rows of a matrix have already, in blocks of this size.
+
+        And whether their zero points are the middle of 4 bits. They are read again when they are
+        written, so that those of one matrix at a time are in memory.
+        """
         rows = rows_of(matrix)
         if rows is None:
             return None
@@ -279,7 +287,12 @@ class _Rewriter:
         if not fits:
             self.again += any(held is not None for held in first)
             return None
-        return lambda: [_part(self.asked.codes(part.parameter), part, block) for part in rows]
+        centred = all(
+            (held.zeros[:, part.begin : part.end] == _MIDDLE).all()
+            for held, part in zip(first, rows, strict=True) if held is not None
+        )  # fmt: skip
+        parts = lambda: [_part(self.asked.codes(p.parameter), p, block) for p in rows]  # noqa: E731
+        return parts, centred
 
     def _experts(self, node: Any) -> None:
         """QMoE in the place of MoE: a scale for a block, or of 8 bits for a row."""

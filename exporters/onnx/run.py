@@ -175,7 +175,7 @@ def _run(
     if built and scheme.bits is not None and request.verify:
         # What codes cost would hide a graph that is another model, so it is run with floats first.
         itself = parts if request.rounded is None else Parts(model.checkpoint, torch.float32, "cpu")
-        with _builder_may_fail(built and request.route == "auto"):
+        with _builder_may_fail(request.route == "auto"):
             run = float_run(graph, itself.parameter, request.threads, _BUDGET)
             refuse_other(comparison.measure(run), TOLERANCE[_FLOATS[scheme.dtype]], graph.route)
     made = rewrite(graph, Asked(

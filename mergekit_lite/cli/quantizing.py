@@ -185,7 +185,7 @@ class Quantizing:
 
         schemes = [find_scheme(word) for word in self.onnxes]
         require_onnxruntime("--to onnx")
-        from exporters.onnx.job import OnnxJob, check_block, run_job
+        from exporters.onnx.job import OnnxJob, run_job
         from exporters.targets import Calibration
         from mergekit_lite.evaluate.forward import set_threads
 
@@ -193,7 +193,6 @@ class Quantizing:
         text = None
         if self.text is not None:
             text = Calibration(self.text, self.context or 512, self.windows or WINDOWS, self.seed)
-        check_block(block)
         whole = open_whole(self.model)
         try:
             stem = self.name or whole.name
@@ -201,10 +200,9 @@ class Quantizing:
             for folder in folders:
                 refuse_existing(folder, self.force)
             for scheme, folder in zip(schemes, folders, strict=True):
-                calibration = text if scheme.bits == 4 else None
                 with make_progress(self.quiet) as progress:
                     job = OnnxJob(
-                        scheme, folder, calibration, block, symmetric, route, self.threads,
+                        scheme, folder, text, block, symmetric, route, self.threads,
                         self.force, self.device, dtype, linked, verify,
                     )  # fmt: skip
                     self._add_onnx(run_job(whole, job, progress))

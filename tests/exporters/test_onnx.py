@@ -216,6 +216,13 @@ def test_what_the_builder_gets_wrong(
     assert apart(runner(tmp_path / "fp32").step(ids.numpy())[0], expected) < 1e-4
 
 
+def test_a_config_without_the_sizes_of_a_decoder() -> None:
+    """The builder is not trusted with what it does not know; nothing of it is asked for."""
+    from exporters.onnx.build import _trusted
+
+    assert not _trusted(transformers.PretrainedConfig())
+
+
 def test_a_window_that_no_file_states(tmp_path: Path) -> None:
     """transformers' default counts, though the few tokens of the comparison do not reach it."""
     random_model(tmp_path / "model", "MistralForCausalLM", {"sliding_window": 4096})
