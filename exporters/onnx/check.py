@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
 
-from exporters.onnx.deferred import Read
 from exporters.onnx.graph import Graph, Kind, leave_unset
 from exporters.onnx.session import Feed, GraphRun, Refused
 from mergekit_lite.checkpoint.protocol import Checkpoint
@@ -22,7 +22,15 @@ from mergekit_lite.evaluate.forward import LayerwiseModel
 from mergekit_lite.evaluate.parts import Parts
 from mergekit_lite.merge.run import Progress
 
-__all__ = ["TOLERANCE", "Checked", "Comparison", "check_form", "float_run", "refuse_other"]
+__all__ = [
+    "TOLERANCE",
+    "Checked",
+    "Comparison",
+    "as_floats",
+    "check_form",
+    "check_places",
+    "refuse_other",
+]
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 1e-1}
 """Largest difference of a logit, over the largest logit, with which a graph of floats is right."""
@@ -42,6 +50,7 @@ class Checked:
         agreement: Share of positions with the same largest output.
         tokens: Positions that were compared.
         tokens_per_second: Of onnxruntime, over all that was run.
+        busy: Whether weights were made and written at the same time.
     """
 
     difference: float
@@ -50,6 +59,7 @@ class Checked:
     agreement: float
     tokens: int
     tokens_per_second: float
+    busy: bool = False
 
     def describe(self) -> dict[str, Any]:
         """As data, to the digits that do not depend on a machine; no times."""
@@ -70,6 +80,7 @@ class Checked:
             f"onnxruntime against the model: largest difference {self.difference:.2g}{cached}, of "
             f"{self.largest:.3g}; same first choice at {100 * self.agreement:.1f} % of "
             f"{self.tokens} tokens; {self.tokens_per_second:.0f} tokens/s"
+            f"{' while the weights were written' if self.busy else ''}"
         )
 
 
@@ -117,56 +128,117 @@ def _check_model(path: Path) -> None:
         ) from None
 
 
+def check_places(path: Path, ends: Mapping[str, tuple[bytes, bytes]]) -> None:
+    """Look whether weights lie where a file says that they lie.
+
+    Args:
+        path: Of the graph.
+        ends: First and last bytes of weights, by name.
+
+    Raises:
+        PackError: One lies elsewhere.
+        OSError: A file of weights cannot be read.
+    """
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        if tensor.name not in ends or not tensor.external_data:
+            continue
+        stated = {entry.key: entry.value for entry in tensor.external_data}
+        first, last = ends[tensor.name]
+        offset = int(stated["offset"])
+        with (path.parent / stated["location"]).open("rb") as file:
+            found = [_bytes_at(file, offset, len(first))]
+            found.append(_bytes_at(file, offset + int(stated["length"]) - len(last), len(last)))
+        if found != [first, last]:
+            raise PackError(
+                f"{path.name}: '{tensor.name}' does not lie where the graph says",
+                "Run the same command again; if that does not help, report this, please.",
+            )
+
+
+def _bytes_at(file: BinaryIO, offset: int, count: int) -> bytes:
+    file.seek(offset)
+    return file.read(count)
+
+
 class Comparison:
     """A model on some tokens, for graphs to be compared with.
 
+    The model is run beside whatever else goes on, as soon as `begin` is called.
+
     Args:
-        checkpoint: The model, which is run when it is first compared.
+        checkpoint: The model.
         kind: Of the model.
-        progress: Told how far it is.
     """
 
-    def __init__(self, checkpoint: Checkpoint, kind: Kind, progress: Progress) -> None:
+    def __init__(self, checkpoint: Checkpoint, kind: Kind) -> None:
         made = np.random.Generator(np.random.PCG64(_SEED))
         stated = checkpoint.config.get("vocab_size")
         size = stated if isinstance(stated, int) and stated > 0 else 1
         self._checkpoint = checkpoint
         self._kind = kind
-        self._progress = progress
         self._batches = [
             made.integers(min(3, size - 1), size, (rows, tokens)) for rows, tokens, _ in _SIZES
         ]
-        self._expected: list[Array] | None = None
+        self._stop = _Stop()
+        self._beside = ThreadPoolExecutor(1)
+        self._coming: Future[list[Array]] | None = None
 
-    def measure(self, run: GraphRun) -> Checked:
-        """How far a graph is from the model."""
+    def begin(self, outputs: Sequence[str]) -> None:
+        """Begin to run the model.
+
+        Args:
+            outputs: Names of what is compared, of an encoder.
+
+        Raises:
+            PackError: The model cannot be run.
+        """
         import torch
 
+        if self._coming is not None:
+            return
         tensors = [torch.from_numpy(batch) for batch in self._batches]
+        if self._kind == "decoder":
+            model = LayerwiseModel(self._checkpoint)
+            self._coming = self._beside.submit(_decoded, model, tensors, self._stop)
+        else:
+            self._coming = self._beside.submit(_encoded, self._checkpoint, outputs, tensors)
+
+    def close(self) -> None:
+        """Let it end, at the next layer if it is running."""
+        self._stop.set()
+        self._beside.shutdown(cancel_futures=True)
+
+    def measure(self, run: GraphRun) -> Checked:
+        """How far a graph is from the model.
+
+        Raises:
+            PackError: The model, or the graph, cannot be run.
+        """
+        self.begin(run.outputs)
         cached = None
         if self._kind == "decoder":
-            if self._expected is None:
-                self._expected = _decoded(self._checkpoint, tensors, self._progress)
             found, cached = _run_decoder(run, self._batches)
         else:
-            if self._expected is None:
-                self._expected = _encoded(self._checkpoint, run, tensors)
             found = _run_encoder(run, self._batches)
-        pairs = list(zip(self._expected, found, strict=True))
+        assert self._coming is not None  # noqa: S101 (it was begun above)
+        expected = self._coming.result()
+        pairs = list(zip(expected, found, strict=True))
         with_cache = None
         if cached is not None:
             with_cache = max(
                 float(np.abs(e[:, first:] - f).max())
-                for e, f, (_, _, first) in zip(self._expected, cached, _SIZES, strict=True)
+                for e, f, (_, _, first) in zip(expected, cached, _SIZES, strict=True)
             )
         same = [(e.argmax(-1) == f.argmax(-1)).reshape(-1) for e, f in pairs]
         return Checked(
             max(float(np.abs(e - f).max()) for e, f in pairs),
-            max(float(np.abs(e).max()) for e in self._expected),
+            max(float(np.abs(e).max()) for e in expected),
             with_cache,
             float(np.concatenate(same).mean()),
             sum(batch.size for batch in self._batches),
             _ran(cached is not None) / max(run.seconds, 1e-9),
+            run.lent,
         )
 
 
@@ -191,14 +263,11 @@ def refuse_other(checked: Checked, limit: float | None, route: str) -> None:
         )
 
 
-def float_run(graph: Graph, read: Read, threads: int, budget: int) -> GraphRun:
-    """What runs a graph of floats whose weights are in no file: they are read when they are needed.
+def as_floats(graph: Graph) -> Any:
+    """The message of a graph before it is rewritten, whose weights are in no file.
 
     Args:
         graph: Its weights have no content; left as it is.
-        read: Gives the values of parameters.
-        threads: Of onnxruntime.
-        budget: Bytes of weights in memory.
     """
     import onnx_ir
 
@@ -214,44 +283,58 @@ def float_run(graph: Graph, read: Read, threads: int, budget: int) -> GraphRun:
     for name in graph.deferred:
         if name in initializers:
             leave_unset(initializers[name])
-
-    def values(name: str) -> Array:
-        kind = np.float16 if initializers[name].dtype.name == "FLOAT16" else np.float32
-        found: Array = graph.deferred[name].read(read).contiguous().numpy()
-        return found.astype(kind, copy=False) if found.dtype.kind == "f" else found
-
-    return GraphRun(Path(), budget, threads, False, values, message)
+    return message
 
 
-def _decoded(checkpoint: Checkpoint, batches: Sequence[Any], progress: Progress) -> list[Array]:
-    model = LayerwiseModel(checkpoint)
-    kept = model.hidden(batches, progress)
+class _Stopped(Exception):
+    """Nobody wants the model's outputs any more."""
+
+
+class _Stop(Progress):
+    """Ends a run of a model early; shows nothing, since something else is shown meanwhile."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def set(self) -> None:
+        """End it."""
+        self._asked = True
+
+    def advance(self, count: int) -> None:
+        """After each layer."""
+        del count
+        if self._asked:
+            raise _Stopped
+
+
+def _decoded(model: LayerwiseModel, batches: Sequence[Any], stop: Progress) -> list[Array]:
+    kept = model.hidden(batches, stop)
     try:
         return [np.asarray(logits.numpy()) for logits in model.logits(batches, kept)]
     finally:
         kept.close()
 
 
-def _encoded(checkpoint: Checkpoint, run: GraphRun, batches: Sequence[Any]) -> list[Array]:
+def _encoded(checkpoint: Checkpoint, outputs: Sequence[str], batches: Sequence[Any]) -> list[Array]:
     """Outputs of a model that is run whole, side by side."""
     import torch
 
     parts = Parts(checkpoint, torch.float32, "cpu")
-    wanted = frozenset(_used(parts.model, run.outputs))
+    wanted = frozenset(_used(parts.model, outputs))
     for path, module in parts.model.named_modules():
         for name, parameter in module._parameters.items():  # noqa: SLF001
             full = f"{path}.{name}".lstrip(".")
             if parameter is not None and full in wanted:
                 value = parts.parameter(full)
                 module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)  # noqa: SLF001
-    if hasattr(parts.model, "pooler") and "pooler_output" not in run.outputs:
+    if hasattr(parts.model, "pooler") and "pooler_output" not in outputs:
         parts.model.pooler = None
     found = []
     with torch.inference_mode():
         for batch in batches:
             given = {"input_ids": batch, "attention_mask": torch.ones_like(batch)}
             result = parts.model(**given)
-            found.append(_joined([result[name].numpy() for name in run.outputs], len(batch)))
+            found.append(_joined([result[name].numpy() for name in outputs], len(batch)))
     return found
 
 

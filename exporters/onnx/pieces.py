@@ -29,11 +29,15 @@ class Piece:
         make: Gives the content of each in that order: arrays that follow one another in the file,
             of the initializer's type, bfloat16 as int16.
         elements: Weights of the model that they stand for, for the progress shown.
+        weight: Name of the weight in the graph as it was built.
+        whole: Gives the content of floats in one array, which is faster than in several.
     """
 
     names: tuple[str, ...]
     make: Callable[[Read], Sequence[Iterable[Array]]]
     elements: int
+    weight: str
+    whole: Callable[[Read], Array] | None = None
 
 
 def float_piece(name: str, weight: Deferred, kind: str) -> Piece:
@@ -44,11 +48,27 @@ def float_piece(name: str, weight: Deferred, kind: str) -> Piece:
         weight: Its values.
         kind: ``float32``, ``float16`` or ``bfloat16``.
     """
-    return Piece((name,), lambda read: [_parts(name, weight.read(read), kind)], weight.numel())
+    return Piece(
+        (name,), lambda read: [_parts(name, weight.read(read), kind)], weight.numel(), name,
+        lambda read: _converted(name, weight.read(read), kind),
+    )  # fmt: skip
 
 
 def _parts(name: str, values: Any, kind: str) -> Iterator[Array]:
-    """A tensor in slices of its first dimension, each laid out as a file has it.
+    """A tensor in slices of its first dimension, each laid out as a file has it."""
+    if not values.is_floating_point() or values.ndim == 0:
+        yield _converted(name, values, kind)
+        return
+    step = max(1, _SLICE // max(1, values[:1].numel()))
+    for start in range(0, len(values), step):
+        part = values[start : start + step]
+        if part.ndim == 2 and not part.is_contiguous():  # torch turns whole matrices fast
+            part = part.t().contiguous().t()
+        yield _converted(name, part, kind)
+
+
+def _converted(name: str, values: Any, kind: str) -> Array:
+    """A tensor of torch's as a file has it.
 
     Raises:
         PackError: A value is too large for float16.
@@ -56,21 +76,12 @@ def _parts(name: str, values: Any, kind: str) -> Iterator[Array]:
     import torch
 
     if not values.is_floating_point():
-        yield np.ascontiguousarray(values.numpy())
-        return
-    if values.ndim == 0:
-        values = values.reshape(1)
-    step = max(1, _SLICE // max(1, values[:1].numel()))
-    for start in range(0, len(values), step):
-        part = values[start : start + step]
-        if part.ndim == 2 and not part.is_contiguous():  # torch turns whole matrices fast
-            part = part.t().contiguous().t()
-        part = part.to(getattr(torch, kind)).contiguous()
-        if kind == "float16" and not bool(torch.isfinite(part).all()):
-            raise PackError(
-                f"'{name}' has values that float16 cannot hold", "Choose bf16, or fp32."
-            )
-        yield part.view(torch.int16).numpy() if kind == "bfloat16" else part.numpy()
+        return np.ascontiguousarray(values.numpy())
+    values = values.to(getattr(torch, kind)).contiguous()
+    if kind == "float16" and not bool(torch.isfinite(values).all()):
+        raise PackError(f"'{name}' has values that float16 cannot hold", "Choose bf16, or fp32.")
+    found: Array = (values.view(torch.int16) if kind == "bfloat16" else values).numpy()
+    return found
 
 
 def as_blocks(held: Sequence[Quantized], bits: int, zeros: bool) -> list[Array]:

@@ -128,10 +128,22 @@ class _Rewriter:
             else:
                 kind = "float16" if value.dtype == onnx_ir.DataType.FLOAT16 else "float32"
                 self.pieces[name] = float_piece(name, weight, kind)
-        order = [piece for name, piece in self.pieces.items() if name in self.ir.initializers]
         self.graph.model.opset_imports.setdefault(_MS, 1)
         self.ir.sort()
+        order = self._order()
         return Rewritten(self.graph.model, order, self.rounded, self.kept, self._notes(order))
+
+    def _order(self) -> list[Piece]:
+        """Pieces as the graph needs them first, so that files are read from start to end."""
+        first: dict[str, int] = {}
+        for node in self.ir:
+            for value in node.inputs:
+                if value is not None and value.name in self.ir.initializers:
+                    first.setdefault(value.name, len(first))
+        pieces = [piece for name, piece in self.pieces.items() if name in self.ir.initializers]
+        return sorted(
+            pieces, key=lambda piece: min(first.get(name, len(first)) for name in piece.names)
+        )
 
     def _notes(self, order: Sequence[Piece]) -> list[str]:
         if self.asked.scheme.bits is None:
@@ -260,7 +272,7 @@ class _Rewriter:
                 found[1] = found[1].astype(np.float16)
             return [[array] for array in found]
 
-        self.pieces[names[0]] = Piece(tuple(names), make, rows * columns)
+        self.pieces[names[0]] = Piece(tuple(names), make, rows * columns, name)
         if held is not None:
             self.kept += 1
         self._heads[name] = tuple(names)
@@ -335,7 +347,7 @@ class _Rewriter:
             return found
 
         self.pieces[codes.name or ""] = Piece(
-            (codes.name or "", scales.name or ""), make, weight.numel()
+            (codes.name or "", scales.name or ""), make, weight.numel(), name
         )
         return codes, scales
 
@@ -352,7 +364,7 @@ class _Rewriter:
             return [[found], [scale]]
 
         self.pieces[f"{name}_uint8"] = Piece(
-            (f"{name}_uint8", f"{name}_uint8_scales"), make, rows * columns
+            (f"{name}_uint8", f"{name}_uint8_scales"), make, rows * columns, name
         )
         given, factor, zero = self._bytes_of(product.node.inputs[0], product.node)
         middle = self._constant("zero_point_128", np.array(128, np.uint8))
@@ -454,6 +466,8 @@ class _Rewriter:
         """Store a weight in bfloat16, and widen it before it is used."""
         name = value.name
         uses = list(value.uses())
+        users = {id(user) for user, _ in uses}
+        first = next(node for node in self.ir if id(node) in users)
         node = onnx_ir.node(
             "Cast", [value], attributes={"to": onnx_ir.DataType.FLOAT}, name=f"{name}/Cast"
         )
@@ -464,7 +478,7 @@ class _Rewriter:
             user.replace_input_with(at, wide)
         value.dtype = onnx_ir.DataType.BFLOAT16
         leave_unset(value)
-        self.ir.insert_before(self.ir[0], [node])
+        self.ir.insert_before(first, [node])
         self.pieces[name] = float_piece(name, weight, "bfloat16")
 
     def _drop_unused(self) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import onnx
 import torch
 
 from exporters.linears.matrices import is_router
@@ -22,20 +21,21 @@ from exporters.onnx.check import (
     TOLERANCE,
     Checked,
     Comparison,
+    as_floats,
     check_form,
-    float_run,
+    check_places,
     refuse_other,
 )
 from exporters.onnx.codes import codes_of
+from exporters.onnx.deferred import Read
 from exporters.onnx.folder import genai_config, small_files
 from exporters.onnx.layout import LaidOut, lay_out_graph
 from exporters.onnx.link import Links, link_weights
-from exporters.onnx.pieces import Piece
 from exporters.onnx.rewrite import Asked, Rewritten, rewrite
 from exporters.onnx.schemes import OnnxScheme, Route
 from exporters.onnx.session import GraphRun, Refused
+from exporters.onnx.weights import WeightWriter
 from mergekit_lite.checkpoint.protocol import Checkpoint
-from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import Interrupted
 from mergekit_lite.evaluate.parts import Parts
 from mergekit_lite.kernels.jit import is_first_use
@@ -53,11 +53,11 @@ from mergekit_lite.merge.writer import (
 
 __all__ = ["FORMAT", "MadeOnnx", "OnnxRequest", "run_onnx"]
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same model begins to give other bytes; part of a fingerprint."""
 FOLDER = "onnx"
 """Where transformers.js and optimum look for graphs."""
-_BUDGET = 256 << 20
+_BUDGET = 128 << 20
 _FLOATS = {"float32": "fp32", "float16": "fp16"}
 
 
@@ -170,14 +170,15 @@ def _run(
     # The builder joins and turns matrices, which then lie nowhere in the files.
     route = "torch" if request.linked and request.route == "auto" else request.route
     graph, parts = build_graph(weights, route, scheme.half)
-    comparison = Comparison(model.checkpoint, graph.kind, progress)
+    comparison = Comparison(model.checkpoint, graph.kind)
+    stack.callback(comparison.close)
     built = graph.route.startswith("onnxruntime-genai")
-    if built and scheme.bits is not None and request.verify:
-        # What codes cost would hide a graph that is another model, so it is run with floats first.
-        itself = parts if request.rounded is None else Parts(model.checkpoint, torch.float32, "cpu")
-        with _builder_may_fail(request.route == "auto"):
-            run = float_run(graph, itself.parameter, request.threads, _BUDGET)
-            refuse_other(comparison.measure(run), TOLERANCE[_FLOATS[scheme.dtype]], graph.route)
+    unrounded = None
+    if request.verify:
+        comparison.begin([output.name or "" for output in graph.model.graph.outputs])
+        if built and scheme.bits is not None:
+            # What codes cost would hide a graph that is another model: it is run with floats too.
+            unrounded = as_floats(graph)
     made = rewrite(graph, Asked(
         scheme, request.block, request.symmetric, _routers(parts),
         _head(parts.model), codes_of(weights, parts),
@@ -197,18 +198,39 @@ def _run(
                       "starting afresh")  # fmt: skip
     if is_first_use():
         progress.note("compiling kernels, once after installation: some seconds")
-    _write(made, laid, parts, writer, request.threads, progress)
+    path = f"{FOLDER}/{scheme.file}.onnx"
+    maker = WeightWriter(made, laid, parts.parameter, writer, request.threads, progress)
+    checked = None
+    try:
+        with _builder_may_fail(built and request.route == "auto"):
+            if unrounded is not None:
+                itself = None if request.rounded is None else _reader(model.checkpoint)
+                lent = maker.unrounded(graph, scheme.half, itself)
+                run = GraphRun(
+                    writer.partial / path, _BUDGET, request.threads, False, lent, unrounded
+                )
+                refuse_other(comparison.measure(run), TOLERANCE[_FLOATS[scheme.dtype]], graph.route)
+            elif request.verify and scheme.bits is None and not request.linked:
+                message = onnx.load_from_string(laid.graph)
+                run = GraphRun(
+                    writer.partial / path, _BUDGET, request.threads, False, maker.written, message
+                )
+                checked = comparison.measure(run)
+                refuse_other(checked, TOLERANCE[scheme.name], graph.route)
+        maker.finish()
+    except BaseException:
+        maker.abort()
+        raise
     inputs = model.input_files()
     digests = {file.path: file.sha256 for files in inputs.values() for file in files}
     for name, source in links.files.items():
         writer.link(f"{FOLDER}/{name}", source, digests[name])
-    path = f"{FOLDER}/{scheme.file}.onnx"
     with explained(request.folder):
         write_durably(writer.partial / path, laid.graph)
         check_form(writer.partial / path, links.files)
+        check_places(writer.partial / path, maker.ends)
     run = GraphRun(writer.partial / path, _BUDGET, request.threads, scheme.bits is not None)
-    checked = None
-    if request.verify:
+    if request.verify and checked is None:
         with _builder_may_fail(built and request.route == "auto"):
             checked = comparison.measure(run)
             refuse_other(checked, TOLERANCE.get(scheme.name), graph.route)
@@ -297,6 +319,10 @@ def _fingerprint(model: WholeModel, request: OnnxRequest, laid: LaidOut) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def _reader(checkpoint: Checkpoint) -> Read:
+    return Parts(checkpoint, torch.float32, "cpu").parameter
+
+
 def _routers(parts: Parts) -> frozenset[str]:
     """Parameters that choose experts, which stay as they are."""
     found = (name for name, _ in parts.model.named_parameters(remove_duplicate=False))
@@ -313,52 +339,3 @@ def _head(model: Any) -> frozenset[str]:
         for name, parameter in module._parameters.items()  # noqa: SLF001
         if parameter is not None and id(parameter) in weights
     )
-
-
-def _write(
-    made: Rewritten,
-    laid: LaidOut,
-    parts: Parts,
-    writer: ArtifactWriter,
-    threads: int,
-    progress: Progress,
-) -> None:
-    """Make the weights and put them into their files, several at once."""
-    todo = frozenset(
-        name for shard in laid.shards if shard.name not in writer.done
-        for name in shard.header.entries
-    )  # fmt: skip
-    spans = {name: entry for shard in laid.shards for name, entry in shard.header.entries.items()}
-
-    def put(name: str, parts: Iterable[Array]) -> None:
-        if name not in todo:
-            return
-        at = 0
-        for part in parts:
-            raw = part.reshape(-1).view(np.uint8)
-            writer.write(name, at, raw)
-            at += raw.size
-        rest = spans[name].end - spans[name].start - at
-        if rest:
-            writer.write(name, at, np.zeros(rest, np.uint8))
-        writer.tensor_done(name, 0)
-
-    def work(piece: Piece) -> int:
-        for name, arrays in zip(piece.names, piece.make(parts.parameter), strict=True):
-            put(name, arrays)
-        return piece.elements
-
-    wanted = [piece for piece in made.pieces if todo & set(piece.names)]
-    progress.begin("Write", sum(piece.elements for piece in wanted))
-    pool = ThreadPoolExecutor(threads)
-    try:
-        waiting = [pool.submit(work, piece) for piece in wanted]
-        for done in waiting:
-            progress.advance(done.result())
-    except BaseException:
-        writer.abort()
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    pool.shutdown()
-    for name, array in laid.constants.items():
-        put(name, [array])

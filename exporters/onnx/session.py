@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,14 @@ class _Stage:
         inputs: What goes in.
         outputs: What comes out.
         spans: Where its weights lie, by name.
+        measured: Inputs of which it needs the shape alone.
     """
 
     message: bytes
     inputs: Sequence[str]
     outputs: Sequence[str]
     spans: Mapping[str, _Span]
+    measured: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class GraphRun:
         threads: Of onnxruntime.
         prepack: Whether a graph in pieces lays its weights out anew before it runs them. That pays
             for codes, and for floats only if a piece is run often.
-        values: Gives the content of weights beside the graph, by name, where they are in no file.
+        contents: Gives the content of weights beside the graph by their names, where they are not
+            to be taken from files; asked once for each piece, in their order.
         model: The graph, where it is in no file.
 
     Attributes:
@@ -98,6 +101,7 @@ class GraphRun:
         outputs: Names.
         seconds: That running took, without loading.
         stages: Number of pieces.
+        lent: Whether weights do not come from files.
 
     Raises:
         PackError: onnxruntime does not take it.
@@ -109,13 +113,13 @@ class GraphRun:
         budget: int,
         threads: int,
         prepack: bool = True,
-        values: Callable[[str], Array] | None = None,
+        contents: Callable[[Sequence[str]], Mapping[str, Array]] | None = None,
         model: Any = None,
     ) -> None:
         self._path = path
         self._prepack = prepack
         self._threads = threads
-        self._values = values
+        self._contents = contents
         self.seconds = 0.0
         if model is None:
             try:
@@ -131,6 +135,9 @@ class GraphRun:
         }
         self.outputs = [value.name for value in model.graph.output]
         self._stages = _cut(model, budget)
+        if contents is not None:
+            self._stages = [_lent(stage) for stage in self._stages]
+        self.lent = contents is not None
         self._stated = _heads_of(path)
         self._sessions: dict[int, Any] = {}
 
@@ -184,12 +191,16 @@ class GraphRun:
             for at, (stage, wanted) in enumerate(zip(self._stages, reversed(later), strict=True)):
                 content = coming.result()
                 coming = ahead.submit(self._content, at + 1)
-                session = self._session(at, content)
+                session = self._session(at)
                 for feed, values in zip(feeds, held, strict=True):
-                    given = {name: self._value(name, feed, values, held) for name in stage.inputs}
+                    given = {
+                        name: self._shape_of(name, feed, values) if name in stage.measured
+                        else self._value(name, feed, values, held)
+                        for name in stage.inputs
+                    }  # fmt: skip
                     began = time.perf_counter()
                     try:
-                        found = session.run(list(stage.outputs), given)
+                        found = _compute(session, stage, given, content)
                     except Exception as error:
                         raise _explained(self._path, error) from None
                     self.seconds += time.perf_counter() - began
@@ -198,6 +209,15 @@ class GraphRun:
                         del values[name]
                 del session, content
         return held
+
+    def _shape_of(self, name: str, feed: Feed, values: Mapping[str, Array]) -> Array:
+        """A cache that may not be there yet, for a part that only wants to know how long it is."""
+        if name in values:
+            return values[name]
+        _, layer, part = name.split(".")
+        heads, *sizes = self.cache.layers[int(layer)]
+        shape = (len(feed.values["input_ids"]), heads, feed.before, sizes[part == "value"])
+        return np.zeros(shape, self.inputs[name][0])
 
     @staticmethod
     def _value(name: str, feed: Feed, values: Mapping[str, Array], held: Any) -> Array:
@@ -237,13 +257,13 @@ class GraphRun:
         }  # fmt: skip
         return found["logits"].astype(np.float32), cache
 
-    def _content(self, at: int) -> dict[str, Array]:
-        """Content of a piece's weights that are in no file."""
-        if self._values is None or at >= len(self._stages):
+    def _content(self, at: int) -> Mapping[str, Array]:
+        """Content of a piece's weights that are not taken from files."""
+        if self._contents is None or at >= len(self._stages):
             return {}
-        return {name: self._values(name) for name in self._stages[at].spans}
+        return self._contents(list(self._stages[at].spans))
 
-    def _session(self, at: int, content: Mapping[str, Array]) -> Any:
+    def _session(self, at: int) -> Any:
         """The session of a piece; only a graph in one piece keeps it."""
         if at in self._sessions:
             return self._sessions[at]
@@ -258,11 +278,6 @@ class GraphRun:
             options.add_session_config_entry("session.disable_prepacking", "1")
         stage = self._stages[at]
         try:
-            if content:
-                wrap = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
-                options.add_external_initializers(
-                    list(content), [wrap(v, stage.spans[n].kind) for n, v in content.items()]
-                )
             made = onnxruntime.InferenceSession(
                 stage.message, options, providers=["CPUExecutionProvider"]
             )
@@ -286,6 +301,36 @@ def require_onnxruntime(what: str) -> None:
             f"{what} needs '{missing}', which is not installed",
             "pip install 'pack-models[onnx]'",
         )
+
+
+def _lent(stage: _Stage) -> _Stage:
+    """A part whose weights come in like everything else: onnxruntime copies initializers."""
+    piece = onnx.ModelProto.FromString(stage.message)
+    weights = {t.name: t for t in piece.graph.initializer if t.name in stage.spans}
+    kept = [tensor for tensor in piece.graph.initializer if tensor.name not in weights]
+    del piece.graph.initializer[:]
+    piece.graph.initializer.extend(kept)
+    piece.graph.input.extend(
+        onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
+        for name, tensor in weights.items()
+    )
+    return replace(stage, message=piece.SerializeToString())
+
+
+def _compute(
+    session: Any, stage: _Stage, given: Mapping[str, Array], content: Mapping[str, Array]
+) -> list[Array]:
+    """Run a part; `content` are weights that it gets without a copy."""
+    if not content:
+        found: list[Array] = session.run(list(stage.outputs), dict(given))
+        return found
+    from onnxruntime import OrtValue
+
+    values = {name: OrtValue.ortvalue_from_numpy(array) for name, array in given.items()}
+    for name, array in content.items():
+        kind = stage.spans[name].kind
+        values[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
+    return [out.numpy() for out in session.run_with_ort_values(list(stage.outputs), values)]
 
 
 def _heads_of(path: Path) -> tuple[int | None, int | None]:
@@ -400,5 +445,8 @@ def _stages(model: Any, groups: Sequence[Sequence[Any]], initializers: Any) -> l
                 value.type.tensor_type.elem_type = kind
                 target.append(value)
         spans = _spans(piece.graph)
-        found.append(_Stage(piece.SerializeToString(), inputs, outputs, spans))
+        measured = {name for name in inputs if name.startswith("past_key_values.")}
+        measured -= {name for node in group if node.op_type != "Shape" for name in node.input}
+        stage = _Stage(piece.SerializeToString(), inputs, outputs, spans, frozenset(measured))
+        found.append(stage)
     return found

@@ -220,18 +220,23 @@ class LayerwiseModel:
 
     def logits(self, batches: Sequence[Any], kept: _Kept) -> Iterator[Any]:
         """What the model says of each batch: ``(sequences, tokens, vocabulary)`` float32."""
-        with self._torch.inference_mode(), self._around():
+        with self._torch.inference_mode(), self._around(embedding=not self._takes_embedded()):
             for number, batch in enumerate(batches):
+                before = kept.get(number)
                 with self._aside(len(self.paths)):
-                    self._call.before = kept.get(number)
-                    found = self.model(input_ids=batch.to(self._device), use_cache=False).logits
-                yield found.float().cpu()
+                    self._call.before = before
+                    if self._takes_embedded():
+                        found = self.model(inputs_embeds=before.to(self._device), use_cache=False)
+                    else:
+                        found = self.model(input_ids=batch.to(self._device), use_cache=False)
+                yield found.logits.float().cpu()
 
     @contextmanager
-    def _around(self, head: bool = True) -> Iterator[list[str]]:
-        """Fill what lies around the layers: embeddings, norms, and the head if it is wanted."""
-        last = self.model.get_output_embeddings()
-        paths = [p for p in self._outside if head or self.model.get_submodule(p) is not last]
+    def _around(self, head: bool = True, embedding: bool = True) -> Iterator[list[str]]:
+        """Fill what lies around the layers: norms and, where wanted, the embedding and the head."""
+        first, last = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        unwanted = [None if head else last, None if embedding else first]
+        paths = [p for p in self._outside if self.model.get_submodule(p) not in unwanted]
         for path in paths:
             self._parts.fill(path, self._parts.read(path))
         try:
@@ -245,10 +250,13 @@ class LayerwiseModel:
         """Later layers get hidden states; of large vocabularies the embedding is most of memory."""
         embedding = self.model.get_input_embeddings()
         found = next((p for p in paths if self.model.get_submodule(p) is embedding), None)
-        if found is not None and "inputs_embeds" in signature(self.model.forward).parameters:
+        if found is not None and self._takes_embedded():
             self._parts.empty(found)
             paths.remove(found)
             self._embedded = True
+
+    def _takes_embedded(self) -> bool:
+        return "inputs_embeds" in signature(self.model.forward).parameters
 
     def _run(self, batches: Sequence[Any], kept: _Kept, index: int) -> LayerRun:
         """What runs batches through one layer, for whoever goes around it."""

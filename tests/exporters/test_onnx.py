@@ -25,6 +25,7 @@ transformers = pytest.importorskip("transformers")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime_genai")
 
+from exporters.onnx.check import check_places  # noqa: E402
 from exporters.onnx.run import MadeOnnx, OnnxRequest, run_onnx  # noqa: E402
 from exporters.onnx.schemes import SCHEMES  # noqa: E402
 from exporters.onnx.session import GraphRun  # noqa: E402
@@ -403,6 +404,35 @@ def test_bytes(tmp_path: Path) -> None:
         export(tmp_path / "model", second, scheme, route=route, threads=2)
         one, two = digests(first), digests(second)
         assert one == two
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("route", ["genai", "torch"])
+def test_bytes_do_not_depend_on_the_comparison(
+    scheme: str, route: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written while the graph runs in many pieces is what is written without that."""
+    random_model(tmp_path / "model", "LlamaForCausalLM", {"tie_word_embeddings": True})
+    monkeypatch.setattr("exporters.onnx.layout.CHUNK", 100_000)
+    export(tmp_path / "model", tmp_path / "plain", scheme, route=route, verify=False)
+    monkeypatch.setattr("exporters.onnx.run._BUDGET", 20_000)
+    made = export(tmp_path / "model", tmp_path / "compared", scheme, route=route)
+    assert made.checked is not None
+    names = sorted(path.name for path in (tmp_path / "plain" / "onnx").iterdir())
+    assert len(names) > 2 or scheme != "fp32"
+    for name in names:
+        files = [(tmp_path / folder / "onnx" / name) for folder in ("plain", "compared")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+def test_weights_that_lie_elsewhere(tmp_path: Path) -> None:
+    """A graph whose weights do not lie where it says is not published."""
+    random_model(tmp_path / "model", "LlamaForCausalLM", {})
+    export(tmp_path / "model", tmp_path / "out", verify=False)
+    path = graph_of(tmp_path / "out")
+    names = [t.name for t in onnx.load(path, load_external_data=False).graph.initializer]
+    with pytest.raises(PackError, match="does not lie where the graph says"):
+        check_places(path, dict.fromkeys(names, (b"\x01" * 8, b"\x01" * 8)))
 
 
 def test_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
