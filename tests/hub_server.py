@@ -244,9 +244,19 @@ def model_info(server: HubServer, _request: Request, words: Mapping[str, str]) -
             "downloads": 0,
             "likes": 0,
             "tags": [],
-            "siblings": [{"rfilename": name} for name in sorted(repository.commits[sha])],
+            "siblings": [
+                _sibling(name, data) for name, data in sorted(repository.commits[sha].items())
+            ],
         }
     )
+
+
+def _sibling(name: str, data: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": _blob_id(data)}
+    if name.endswith(LARGE):
+        digest = hashlib.sha256(data).hexdigest()
+        found["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
+    return found
 
 
 def tree(server: HubServer, _request: Request, words: Mapping[str, str]) -> Reply:

@@ -17,6 +17,7 @@ import numpy as np
 
 from exporters.gguf.metadata import Metadata, encode_metadata, encode_text, i32, u16
 from mergekit_lite.checkpoint.header import Entry, Header
+from mergekit_lite.checkpoint.announce import announce
 from mergekit_lite.checkpoint.protocol import Checkpoint, Rows, TensorSpec
 from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import PackError
@@ -252,6 +253,7 @@ class _EncodeJob(Job):
 def encode_jobs(tensors: Checkpoint, targets: Sequence[Target]) -> Iterator[Job]:
     """The work of writing all targets, in the order in which their files hold the tensors."""
     every = [n for n in targets[0].kinds if any(n in target.names for target in targets)]
+    announce(tensors.prefetch, every)
     for at, name in enumerate(every):
         for ahead in every[at + 1 : at + 3] if at else every[:3]:
             tensors.prefetch(ahead)

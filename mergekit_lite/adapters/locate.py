@@ -17,6 +17,8 @@ from mergekit_lite.adapters.lora import plan_lora
 from mergekit_lite.adapters.names import ModelNames
 from mergekit_lite.adapters.replicate import ReplicatedCheckpoint
 from mergekit_lite.adapters.types import check_mergeable, is_streamed
+from mergekit_lite.checkpoint.far.address import is_far
+from mergekit_lite.checkpoint.far.locate import fetch_adapter
 from mergekit_lite.checkpoint.hub import parse_reference as parse_hub_reference
 from mergekit_lite.checkpoint.hub import snapshot
 from mergekit_lite.checkpoint.locate import Source, find_local, not_found, open_checkpoint
@@ -91,6 +93,8 @@ def open_adapter(reference: str, home: Path) -> Source:
     """
     local = find_local(reference, home)
     commit = None
+    if local is None and is_far(reference) and not reference.startswith("hf://"):
+        local = fetch_adapter(reference)
     if local is None:
         hub = parse_hub_reference(reference)
         if hub is None or reference.startswith((".", "/", "~")):

@@ -6,17 +6,18 @@ from pathlib import Path
 
 from mergekit_lite.adapters.config import CONFIG_NAME
 from mergekit_lite.adapters.locate import is_adapter, open_adapter, open_model, put_on
+from mergekit_lite.checkpoint.far.address import is_far
+from mergekit_lite.checkpoint.far.locate import open_far, open_far_hub
 from mergekit_lite.checkpoint.hub import parse_reference as parse_hub_reference
 from mergekit_lite.checkpoint.locate import Source, find_local
 from mergekit_lite.checkpoint.onnx import OnnxCheckpoint, find_graph
-from mergekit_lite.checkpoint.remote import look_at_hub
 from mergekit_lite.recipe.reference import parse_reference
 
 __all__ = ["holds_adapter", "look_at"]
 
 
 def look_at(reference: str, home: Path) -> Source:
-    """Open a model, an adapter, or a base with adapters; of what is on the Hub, headers only.
+    """Open a model, an adapter, or a base with adapters; of what lies elsewhere, headers only.
 
     Args:
         reference: As the user wrote it.
@@ -43,10 +44,13 @@ def look_at(reference: str, home: Path) -> Source:
             for part in parts:
                 part.checkpoint.close()
             raise
+    if is_far(reference):
+        folder, commit, checkpoint = open_far(reference)
+        return Source(reference, commit, folder, checkpoint)
     hub = parse_hub_reference(reference)
     if hub is None or reference.startswith((".", "/", "~")):
         return open_model(reference, home)  # says that nothing is there, and what is near
-    folder, commit, checkpoint = look_at_hub(hub, reference)
+    folder, commit, checkpoint = open_far_hub(hub, reference)
     return Source(reference, commit, folder, checkpoint)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from mergekit_lite.checkpoint.announce import is_announcing
 from mergekit_lite.checkpoint.digest import FileDigest, as_bytes, read_into
 from mergekit_lite.checkpoint.known import KNOWN
 from mergekit_lite.checkpoint.protocol import InputFile
@@ -76,7 +77,7 @@ class WeightFile:
 
     def will_need(self, offset: int, count: int) -> None:
         """Ask the system to fetch bytes ahead."""
-        if hasattr(os, "posix_fadvise"):
+        if hasattr(os, "posix_fadvise") and not is_announcing():
             os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_WILLNEED)
 
     def fingerprint(self) -> str:

@@ -1,7 +1,7 @@
 """Models on the Hugging Face Hub: what a reference means, and a snapshot of it on disk.
 
 Weights are fetched whole into the Hub's own cache; for a look at a model, headers alone do (see
-`mergekit_lite.checkpoint.remote`).
+`mergekit_lite.checkpoint.far`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ __all__ = [
     "HubReference",
     "dataset_file",
     "explained",
+    "is_small",
     "listing",
     "parse_reference",
     "pinned",
+    "pinned_at",
     "snapshot",
 ]
 
@@ -96,10 +98,15 @@ def snapshot(reference: HubReference) -> tuple[Path, str]:
     Raises:
         PackError: There is no such model, no permission, or no network.
     """
-    commit = _PINNED.get().get(str(reference))
     with explained(reference):
-        folder = _fetch(HubReference(reference.repo, commit) if commit else reference)
+        folder = _fetch(pinned_at(reference))
     return folder, folder.name
+
+
+def pinned_at(reference: HubReference) -> HubReference:
+    """The same model at the commit that it is pinned to, if it is."""
+    commit = _PINNED.get().get(str(reference))
+    return HubReference(reference.repo, commit) if commit else reference
 
 
 def dataset_file(text: str) -> Path | None:
@@ -245,11 +252,12 @@ def _cached(reference: HubReference, why: str) -> Path:
 
 def _small(files: Iterable[str]) -> list[str]:
     """Of a model's files, those beside the weights that a merge reads or copies; never code."""
-    return [
-        name
-        for name in files
-        if any(fnmatchcase(name, p) for p in (_SMALL_IN_FOLDERS if "/" in name else _SMALL))
-    ]
+    return [name for name in files if is_small(name)]
+
+
+def is_small(name: str) -> bool:
+    """Whether a model's file is one of those beside the weights."""
+    return any(fnmatchcase(name, p) for p in (_SMALL_IN_FOLDERS if "/" in name else _SMALL))
 
 
 def _weights(folder: Path, files: Sequence[str]) -> list[str]:

@@ -40,24 +40,41 @@ class KnownDigests:
         identity = (
             f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
         )
+        return self._named(identity)
+
+    def _named(self, identity: str) -> Path:
         return self._folder() / hashlib.sha256(identity.encode()).hexdigest()
 
     def find(self, stat: os.stat_result) -> str | None:
         """The digest of a file in this state, if it was hashed before."""
-        if not self.enabled:
-            return None
-        with contextlib.suppress(OSError, RuntimeError):
-            text = self._path(stat).read_text("ascii")
-            if re.fullmatch(r"[0-9a-f]{64}", text):
-                return text
-        return None
+        return self._read(self._path(stat))
+
+    def find_text(self, identity: str) -> str | None:
+        """The digest of a file on a server in this state, if it was hashed before."""
+        return self._read(self._named(f"far {identity}"))
+
+    def note_text(self, identity: str, sha256: str) -> None:
+        """Remember the digest of a file on a server."""
+        self._write(self._named(f"far {identity}"), sha256)
 
     def note(self, stat: os.stat_result, sha256: str) -> None:
         """Remember a digest; a cache that cannot be written is no error."""
         if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) < _SETTLED_NS:
             return
+        self._write(self._path(stat), sha256)
+
+    def _read(self, path: Path) -> str | None:
+        if not self.enabled:
+            return None
         with contextlib.suppress(OSError, RuntimeError):
-            path = self._path(stat)
+            text = path.read_text("ascii")
+            if re.fullmatch(r"[0-9a-f]{64}", text):
+                return text
+        return None
+
+    @staticmethod
+    def _write(path: Path, sha256: str) -> None:
+        with contextlib.suppress(OSError, RuntimeError):
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_name(f"{path.name}.{os.getpid()}")
             beside.write_text(sha256, "ascii")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_lite.checkpoint.far.address import is_far
 from mergekit_lite.checkpoint.hub import parse_reference, snapshot
 from mergekit_lite.checkpoint.protocol import Checkpoint
 from mergekit_lite.checkpoint.pytorch import PytorchCheckpoint, pytorch_files
@@ -50,7 +51,9 @@ def find_local(reference: str, home: Path) -> Path | None:
 
 
 def open_checkpoint(reference: str, home: Path) -> Source:
-    """Open a model: a folder, a ``.safetensors``, ``.gguf`` or ``.bin`` file, or a Hub id@revision.
+    """Open a model: a folder, a ``.safetensors``, ``.gguf`` or ``.bin`` file, a Hub id@revision.
+
+    Or an address (``hf://``, ``s3://``, ``https://``), of a model that is read where it lies.
 
     Args:
         reference: As the user wrote it.
@@ -62,6 +65,8 @@ def open_checkpoint(reference: str, home: Path) -> Source:
     local = find_local(reference, home)
     if local is not None:
         return Source(reference, None, local, _open_path(local, reference))
+    if is_far(reference):
+        return _open_far(reference)
     hub = parse_reference(reference)
     first = reference.partition("/")[0]
     if hub is None or find_local(first, home) is not None or reference.startswith((".", "/", "~")):
@@ -70,6 +75,19 @@ def open_checkpoint(reference: str, home: Path) -> Source:
         )
     folder, commit = snapshot(hub)
     return Source(reference, commit, folder, _open_path(folder, reference))
+
+
+def _open_far(reference: str) -> Source:
+    from mergekit_lite.checkpoint.far.locate import open_far
+
+    folder, commit, stored = open_far(reference)
+    try:
+        _refuse_adapter(folder, reference)
+        checkpoint = _with_codes(stored)
+    except BaseException:
+        stored.close()
+        raise
+    return Source(reference, commit, folder, checkpoint)
 
 
 def not_found(reference: str, home: Path) -> str:
@@ -83,13 +101,13 @@ def _open_path(path: Path, label: str) -> Checkpoint:
     if path.is_dir():
         _refuse_cache_root(path, label)
         if (path / INDEX_NAME).is_file() or any(path.glob("*.safetensors")):
-            if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-                wanted = load_json(path / "adapter_config.json").get("base_model_name_or_path")
-                raise PackError(
-                    f"{label}: is an adapter, not a whole model",
-                    f"Write it after its base: {wanted or 'BASE'}+{label}",
-                )
-            return _folder(path, label)
+            _refuse_adapter(path, label)
+            stored = SafetensorsCheckpoint(path, label)
+            try:
+                return _with_codes(stored)
+            except BaseException:
+                stored.close()
+                raise
         files = pytorch_files(path)
         if files:
             return PytorchCheckpoint(files, path, label)
@@ -112,17 +130,22 @@ def _open_path(path: Path, label: str) -> Checkpoint:
     return SafetensorsCheckpoint(path, label)
 
 
-def _folder(path: Path, label: str) -> Checkpoint:
-    stored = SafetensorsCheckpoint(path, label)
+def _refuse_adapter(path: Path, label: str) -> None:
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        wanted = load_json(path / "adapter_config.json").get("base_model_name_or_path")
+        raise PackError(
+            f"{label}: is an adapter, not a whole model",
+            f"Write it after its base: {wanted or 'BASE'}+{label}",
+        )
+
+
+def _with_codes(stored: SafetensorsCheckpoint) -> Checkpoint:
+    """A checkpoint as it is, or of one that is quantized its floats."""
     if "quantization_config" not in stored.config:
         return stored
     from mergekit_lite.checkpoint.quantized import as_floats  # brings kernels
 
-    try:
-        return as_floats(stored)
-    except BaseException:
-        stored.close()
-        raise
+    return as_floats(stored)
 
 
 def _gguf(path: Path, label: str) -> Checkpoint:

@@ -205,7 +205,10 @@ class Checkpoint(ABC):
         return out.reshape(spec.shape if rows is None else (wanted.size, spec.columns))
 
     def prefetch(self, name: str) -> None:
-        """Ask for a tensor's bytes to be fetched in the background."""
+        """Ask for a tensor's bytes to be fetched in the background.
+
+        Inside `announced`, say that it will be read in its turn.
+        """
 
     def fingerprint(self) -> str:
         """Tell, from headers and file times alone, whether this is what was read before."""

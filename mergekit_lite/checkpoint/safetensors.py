@@ -5,17 +5,47 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from mergekit_lite.checkpoint.file import WeightFile
 from mergekit_lite.checkpoint.header import Header, parse_header, read_length
 from mergekit_lite.checkpoint.protocol import Checkpoint, InputFile, Rows, TensorReader, TensorSpec
 from mergekit_lite.dtypes import Array
-from mergekit_lite.errors import FileFormatError
+from mergekit_lite.errors import FileFormatError, PackError
 
-__all__ = ["SafetensorsCheckpoint", "SafetensorsFile", "load_json"]
+__all__ = [
+    "INDEX_NAME", "SafetensorsCheckpoint", "SafetensorsFile", "StoredFile", "load_json",
+    "read_weight_map",
+]  # fmt: skip
 
 INDEX_NAME = "model.safetensors.index.json"
 _INDEX_LIMIT = 1 << 28
+
+
+class StoredFile(Protocol):
+    """A file of safetensors, wherever it lies; see `WeightFile` for what its methods do."""
+
+    @property
+    def path(self) -> Path | str:
+        """Where it lies, for messages."""
+
+    name: str
+    header: Header
+
+    def read(self, offset: int, out: Array) -> None:
+        """Fill a contiguous array from a byte offset."""
+
+    def will_need(self, offset: int, count: int) -> None:
+        """Ask for bytes to be fetched ahead."""
+
+    def fingerprint(self) -> str:
+        """What tells its state, in one line."""
+
+    def finish(self) -> InputFile:
+        """Hash the rest of the file, and check that nobody changed it meanwhile."""
+
+    def close(self) -> None:
+        """Close it."""
 
 
 class SafetensorsFile(WeightFile):
@@ -35,7 +65,7 @@ class SafetensorsFile(WeightFile):
 
 
 class _FileReader(TensorReader):
-    def __init__(self, file: SafetensorsFile, start: int, spec: TensorSpec) -> None:
+    def __init__(self, file: StoredFile, start: int, spec: TensorSpec) -> None:
         self.spec = spec
         self._file = file
         self._start = start
@@ -56,8 +86,8 @@ class SafetensorsCheckpoint(Checkpoint):
         self.label = label or str(path)
         self.config = {}
         self.folder = path if path.is_dir() else None
-        self._files: list[SafetensorsFile] = []
-        self._where: dict[str, SafetensorsFile] = {}
+        self._files: list[StoredFile] = []
+        self._where: dict[str, StoredFile] = {}
         try:
             if self.folder is not None:
                 config = path / "config.json"
@@ -70,7 +100,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise
         self._names = sorted(self._where)
 
-    def _add(self, file: SafetensorsFile) -> None:
+    def _add(self, file: StoredFile) -> None:
         self._files.append(file)
         for name in file.header.entries:
             if name in self._where:
@@ -88,7 +118,7 @@ class SafetensorsCheckpoint(Checkpoint):
             for path in found:
                 self._add(SafetensorsFile(path, path.name))
             return
-        weight_map = _weight_map(index)
+        weight_map = read_weight_map(index)
         for shard in sorted(set(weight_map.values())):
             path = folder / shard
             if not path.is_file():
@@ -97,11 +127,16 @@ class SafetensorsCheckpoint(Checkpoint):
                     "Finish the download of the model.",
                 )
             self._add(SafetensorsFile(path, shard))
+        self._check_index(weight_map)
+
+    def _check_index(self, weight_map: Mapping[str, str]) -> None:
+        """Refuse shards that do not hold what the index promises, and that alone."""
+        held = {file.name: file for file in self._files}
         for name, shard in weight_map.items():
-            held = self._where.get(name)
-            if held is None or held.name != shard:
+            found = self._where.get(name)
+            if found is None or found.name != shard:
                 raise FileFormatError(
-                    f"{folder / shard}: lacks the tensor '{name}' that {INDEX_NAME} promises",
+                    f"{held[shard].path}: lacks the tensor '{name}' that {INDEX_NAME} promises",
                     "Download shards and index of the same revision.",
                 )
         for name in self._where.keys() - weight_map.keys():
@@ -125,8 +160,17 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._where[name].name
 
     def place_of(self, name: str) -> tuple[Path, int, int]:
-        """Where a tensor lies: the file, its first byte there, and its bytes."""
+        """Where a tensor lies: the file, its first byte there, and its bytes.
+
+        Raises:
+            PackError: It is not on this disk.
+        """
         file = self._where[name]
+        if not isinstance(file, SafetensorsFile):
+            raise PackError(
+                f"{file.path}: is not on this disk, so nothing can point into it",
+                "Download the model, and give its folder.",
+            )
         entry = file.header.entries[name]
         return file.path, entry.start, entry.end - entry.start
 
@@ -182,7 +226,12 @@ def load_json(path: Path) -> Mapping[str, object]:
     return document
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Which file each tensor is in, by a model's index.
+
+    Raises:
+        FileFormatError: It is no index, or it names a file outside the model.
+    """
     weight_map = load_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFormatError(f"{index}: has no 'weight_map'", "Download the file again.")

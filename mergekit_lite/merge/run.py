@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mergekit_lite.checkpoint.announce import announce
 from mergekit_lite.checkpoint.protocol import InputFile, Rows, TensorReader
 from mergekit_lite.errors import Interrupted, PackError
 from mergekit_lite.kernels.cast import in_kernel
@@ -230,6 +231,7 @@ def _run(
     merged = MergeCheckpoint(plan, inputs)
     if todo:
         observing(merged, run, progress)
+        announce(merged.prefetch, todo)
         progress.begin("Merge", sum(plan.tensors[name].spec.nbytes for name in todo))
         run(_writing(merged, todo, writer))
     weights = _finish_inputs(inputs, progress)
@@ -262,6 +264,7 @@ def observing(
     index = 0
     while index < statistic.passes:
         progress.begin(f"Trim {index + 1}/{statistic.passes}", total)
+        announce(merged.prefetch, merged.names())
         run(_observe_jobs(merged, index))
         statistic.settle(index)
         index += 1
