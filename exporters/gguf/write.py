@@ -16,8 +16,8 @@ from typing import Protocol
 import numpy as np
 
 from exporters.gguf.metadata import Metadata, encode_metadata, encode_text, i32, u16
-from mergekit_lite.checkpoint.header import Entry, Header
 from mergekit_lite.checkpoint.announce import announce
+from mergekit_lite.checkpoint.header import Entry, Header
 from mergekit_lite.checkpoint.protocol import Checkpoint, Rows, TensorSpec
 from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import PackError

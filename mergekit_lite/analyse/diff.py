@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from mergekit_lite.analyse.sums import Sums
+from mergekit_lite.checkpoint.announce import announce
 from mergekit_lite.checkpoint.layers import Layer, map_layers
 from mergekit_lite.checkpoint.protocol import Checkpoint, Rows, TensorReader, TensorSpec
 from mergekit_lite.checkpoint.quantized import is_packed
@@ -331,7 +332,12 @@ def _jobs(
     names: Sequence[str], every: Sequence[Checkpoint], results: dict[str, Sums]
 ) -> Iterator[Job]:
     local = threading.local()
-    for name in names:
+
+    def prefetch(name: str) -> None:
         for model in every:
             model.prefetch(name)
+
+    announce(prefetch, names)
+    for name in names:
+        prefetch(name)
         yield _CompareJob(name, _Together([model.open(name) for model in every], local), results)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import glob
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
@@ -23,8 +25,11 @@ from mergekit_lite.errors import PackError
 
 __all__ = [
     "HubReference",
+    "Listing",
     "dataset_file",
     "explained",
+    "fetch",
+    "fits_here",
     "is_small",
     "listing",
     "parse_reference",
@@ -48,6 +53,8 @@ _SMALL = (
     "USE_POLICY*",
     "README.md",
 )
+_ROOM = 1 << 30
+"""Bytes of the disk that stay free beside a model in the cache."""
 _SMALL_IN_FOLDERS = ("additional_chat_templates/*.jinja", "1_Pooling/config.json")
 
 
@@ -180,21 +187,68 @@ def explained(reference: HubReference, what: str = "model") -> Iterator[None]:
 
 
 def _fetch(reference: HubReference) -> Path:
+    listed = listing(reference)
+    if not listed.offline:
+        fetch(reference, listed)
+    return listed.folder
+
+
+def fetch(reference: HubReference, listed: Listing) -> None:
+    """Fetch a model's weights into the Hub's cache."""
     from huggingface_hub import snapshot_download
 
-    folder, weights, cached = listing(reference)
-    if not cached:
-        snapshot_download(reference.repo, revision=folder.name, allow_patterns=_exactly(weights))
-    return folder
+    snapshot_download(
+        reference.repo, revision=listed.commit, allow_patterns=_exactly(listed.weights)
+    )
 
 
-def listing(reference: HubReference) -> tuple[Path, list[str], bool]:
-    """Fetch a model's small files, and say which files hold its weights.
+@dataclass(frozen=True)
+class Listing:
+    """A model on the Hub: its small files, fetched, and what holds its weights, which is not.
 
-    Returns:
-        The folder, whose name is the commit; names of the weights, of which none was fetched; and
-        whether the Hub could not be asked, so that they are known to be in the cache.
+    Attributes:
+        folder: Of the small files.
+        weights: Names of files.
+        offline: Whether the Hub could not be asked; the weights are then in its cache.
+        sizes: Bytes of the weights, where the Hub says so.
+        digests: Their SHA-256, where the Hub says so.
     """
+
+    folder: Path
+    weights: Sequence[str]
+    offline: bool
+    sizes: Mapping[str, int]
+    digests: Mapping[str, str]
+
+    @property
+    def commit(self) -> str:
+        """That it is of."""
+        return self.folder.name
+
+    def cached(self, reference: HubReference) -> dict[str, Path]:
+        """Those of the weights that are in the Hub's cache."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = {
+            n: try_to_load_from_cache(reference.repo, n, revision=self.commit) for n in self.weights
+        }
+        return {name: Path(path) for name, path in found.items() if isinstance(path, str)}
+
+
+def fits_here(reference: HubReference, listed: Listing) -> bool:
+    """Whether there is room in the Hub's cache for the weights that it does not have."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    held = listed.cached(reference)
+    missing = sum(listed.sizes.get(name, 0) for name in listed.weights if name not in held)
+    folder = Path(HF_HUB_CACHE)
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return missing == 0 or missing + _ROOM <= shutil.disk_usage(folder).free
+
+
+def listing(reference: HubReference) -> Listing:
+    """Fetch a model's small files, and say which files hold its weights."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import disable_progress_bars
@@ -203,12 +257,13 @@ def listing(reference: HubReference) -> tuple[Path, list[str], bool]:
         disable_progress_bars()
     repo, revision = reference.repo, reference.revision
     try:
-        info = HfApi().model_info(repo, revision=revision)
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
     except (OSError, HTTPError) as error:  # of the HTTP library's errors, some are no OSError
         folder = _cached(reference, _first_line(error))
-        return folder, _weights(folder, [path.name for path in folder.iterdir()]), True
+        names = _weights(folder, [path.name for path in folder.iterdir()])
+        return Listing(folder, names, True, {}, {})
     files = [sibling.rfilename for sibling in info.siblings or []]
     # Asked for by its name, so that the cache knows the name's commit when the Hub is away.
     folder = Path(
@@ -220,7 +275,13 @@ def listing(reference: HubReference) -> tuple[Path, list[str], bool]:
             f"{reference}: holds no weights (*.safetensors or pytorch_model*.bin)",
             "Give the model that it was made from.",
         )
-    return folder, weights, False
+    stated = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    held = {name: stated[name] for name in weights if name in stated}
+    return Listing(
+        folder, weights, False,
+        {name: each.size for name, each in held.items() if each.size is not None},
+        {name: each.lfs.sha256 for name, each in held.items() if each.lfs is not None},
+    )  # fmt: skip
 
 
 def _cached(reference: HubReference, why: str) -> Path:

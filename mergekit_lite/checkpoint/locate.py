@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_lite.checkpoint.far.address import is_far
-from mergekit_lite.checkpoint.hub import parse_reference, snapshot
+from mergekit_lite.checkpoint.hub import (
+    HubReference,
+    Listing,
+    explained,
+    fetch,
+    fits_here,
+    listing,
+    parse_reference,
+    pinned_at,
+)
 from mergekit_lite.checkpoint.protocol import Checkpoint
 from mergekit_lite.checkpoint.pytorch import PytorchCheckpoint, pytorch_files
 from mergekit_lite.checkpoint.safetensors import INDEX_NAME, SafetensorsCheckpoint, load_json
 from mergekit_lite.errors import PackError, nearest
 
-__all__ = ["Source", "find_local", "not_found", "open_checkpoint"]
+__all__ = ["Source", "find_local", "looking", "not_found", "open_checkpoint"]
+
+_LOOKING: ContextVar[bool] = ContextVar("looking", default=False)
 
 
 @dataclass(frozen=True)
@@ -73,21 +87,51 @@ def open_checkpoint(reference: str, home: Path) -> Source:
         raise PackError(
             not_found(reference, home), "Check the path; it starts from the recipe's folder."
         )
-    folder, commit = snapshot(hub)
-    return Source(reference, commit, folder, _open_path(folder, reference))
+    return _open_hub(hub, reference)
 
 
-def _open_far(reference: str) -> Source:
-    from mergekit_lite.checkpoint.far.locate import open_far
+@contextmanager
+def looking() -> Iterator[None]:
+    """Fetch no weights: models on the Hub are opened where they lie."""
+    token = _LOOKING.set(True)
+    try:
+        yield
+    finally:
+        _LOOKING.reset(token)
 
-    folder, commit, stored = open_far(reference)
+
+def _open_hub(hub: HubReference, reference: str) -> Source:
+    """A model of the Hub: fetched into its cache, or where it lies if that has no room for it."""
+    with explained(hub):
+        listed = listing(pinned_at(hub))
+    whole = fits_here(hub, listed)
+    streamed = all(name.endswith(".safetensors") for name in listed.weights)
+    complete = len(listed.cached(hub)) == len(listed.weights)
+    if streamed and not complete and (not whole or _LOOKING.get()):
+        note = f"{reference}: read where it lies; the disk has no room for it"
+        return _open_far(reference, None if whole else note, (hub, listed))
+    if not listed.offline and not complete:
+        with explained(hub):
+            fetch(hub, listed)
+    return Source(reference, listed.commit, listed.folder, _open_path(listed.folder, reference))
+
+
+def _open_far(
+    reference: str, note: str | None = None, listed: tuple[HubReference, Listing] | None = None
+) -> Source:
+    from mergekit_lite.checkpoint.far.locate import open_far, open_far_hub
+
+    if listed is None:
+        folder, commit, stored = open_far(reference)
+    else:
+        folder, commit, stored = open_far_hub(listed[0], reference, listed[1])
     try:
         _refuse_adapter(folder, reference)
         checkpoint = _with_codes(stored)
     except BaseException:
         stored.close()
         raise
-    return Source(reference, commit, folder, checkpoint)
+    return Source(reference, commit, folder, checkpoint, notes=(note,) if note else ())
 
 
 def not_found(reference: str, home: Path) -> str:

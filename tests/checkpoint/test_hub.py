@@ -331,7 +331,7 @@ def test_a_look_that_cannot_be_had(hub: HubServer, run: Run) -> None:
     hub.faults.append(Fault(r"GET /org/cut/resolve/.*safetensors", cut=20))
     for name, said in (
         ("org/old", "is a PyTorch file"),
-        ("org/cut", "the download failed"),
+        ("org/cut", "could not be read"),
         ("org/broken", "not a safetensors file"),
         ("org/gone", "neither a folder here nor a model on the Hub"),
     ):

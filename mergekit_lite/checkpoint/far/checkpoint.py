@@ -55,7 +55,7 @@ class FarFile:
         prefix = FETCHER.fetch_now(transport, 0, 8, _FIRST)
         self.size = transport.size
         length = read_length(prefix, self.size, self.path)
-        raw = FETCHER.fetch_now(transport, 8, 8 + length)
+        raw = FETCHER.fetch_now(transport, 8, 8 + length, _FIRST)
         self.header: Header = parse_header(raw, self.size, self.path)
         self._head = hashlib.sha256(prefix + raw).hexdigest()
         self._known = transport.sha256

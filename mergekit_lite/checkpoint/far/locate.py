@@ -24,6 +24,7 @@ from mergekit_lite.checkpoint.far.transport import (
 )
 from mergekit_lite.checkpoint.hub import (
     HubReference,
+    Listing,
     explained,
     listing,
     parse_reference,
@@ -85,36 +86,32 @@ def open_far(reference: str) -> tuple[Path, str | None, FarCheckpoint]:
     return (*_open_listed(scheme, reference.rstrip("/")),)
 
 
-def open_far_hub(hub: HubReference, label: str) -> tuple[Path, str, FarCheckpoint]:
+def open_far_hub(
+    hub: HubReference, label: str, listed: Listing | None = None
+) -> tuple[Path, str, FarCheckpoint]:
     """Open a model of the Hub where it lies; what the Hub's cache has is read there.
 
     Raises:
         PackError: There is no such model, no permission, no network, or it is no safetensors.
     """
-    from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
     with explained(hub):
-        folder, names, _ = listing(pinned_at(hub))
-        commit = folder.name
-        held = {n: try_to_load_from_cache(hub.repo, n, revision=commit) for n in names}
-        digests = {}
-        if not all(isinstance(path, str) for path in held.values()):
-            info = HfApi().model_info(hub.repo, revision=commit, files_metadata=True)
-            digests = {s.rfilename: s.lfs.sha256 for s in info.siblings or [] if s.lfs is not None}
+        listed = listed or listing(pinned_at(hub))
+    held = listed.cached(hub)
 
     def transport(name: str) -> Transport:
-        url = f"hf://{hub.repo}@{commit[:12]}/{name}"
-        path = held[name]
-        if isinstance(path, str):
-            return FileTransport(Path(path), name, url)
+        url = f"hf://{hub.repo}@{listed.commit[:12]}/{name}"
+        if name in held:
+            return FileTransport(held[name], name, url)
         return HttpTransport(
-            hf_hub_url(hub.repo, name, revision=commit), name, build_hf_headers, url,
-            fixed=True, sha256=digests.get(name),
+            hf_hub_url(hub.repo, name, revision=listed.commit), name, build_hf_headers, url,
+            fixed=True, sha256=listed.digests.get(name),
         )  # fmt: skip
 
-    transports = [transport(name) for name in _safetensors(names, label)]
-    return folder, commit, FarCheckpoint(label, folder, transports)
+    transports = [transport(name) for name in _safetensors(listed.weights, label)]
+    return listed.folder, listed.commit, FarCheckpoint(label, listed.folder, transports)
 
 
 def fetch_adapter(reference: str) -> Path:
