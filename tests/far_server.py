@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class FarServer:
         rate: Bytes a second of all answers together; None for no limit.
         failing: Share of requests that fail or are cut in the middle.
         asked: Ranges that were sent, by path: start and stop.
-        etags: Whether files have one.
+        etags: Whether files have one, and not just a time of change.
         ranges: Whether parts of files are sent.
     """
 
@@ -107,6 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{stat.st_size}")
         else:
             self.send_response(200)
+        self.send_header("Last-Modified", formatdate(stat.st_mtime, usegmt=True))
         if far.etags:
             self.send_header("ETag", tag)
         self.send_header("Content-Length", str(stop - start))

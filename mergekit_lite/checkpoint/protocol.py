@@ -210,6 +210,10 @@ class Checkpoint(ABC):
         Inside `announced`, say that it will be read in its turn.
         """
 
+    def elsewhere(self) -> Mapping[str, tuple[int, int]]:
+        """What is not on this disk, by host: bytes that were announced, and bytes of its files."""
+        return {}
+
     def fingerprint(self) -> str:
         """Tell, from headers and file times alone, whether this is what was read before."""
         return ""

@@ -231,6 +231,10 @@ class QuantizedCheckpoint(Checkpoint):
             return self._stored.file_of(f"{self._modules[name]}.{self._form.parts[0]}")
         return self._stored.file_of(name)
 
+    def elsewhere(self) -> Mapping[str, tuple[int, int]]:
+        """That of the shards."""
+        return self._stored.elsewhere()
+
     def metadata(self) -> Mapping[str, str]:
         """That of the shards."""
         return self._stored.metadata()

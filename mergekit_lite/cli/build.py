@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_lite.cli.hub import planned
-from mergekit_lite.cli.options import ACCEPT, PROFILE, REASON, SIZE, accepted_licences
+from mergekit_lite.cli.options import ACCEPT, CACHE, PROFILE, REASON, SIZE, accepted_licences
 from mergekit_lite.text import plain
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = ["command"]
     help="Push the release to the Hub.  [default: hub: of the recipe]",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace results that pack made with other inputs.")
+@CACHE
 @click.option("--memory", type=SIZE, default="512MB", show_default=True, help="Memory for weights.")
 @click.option(
     "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all cores]"

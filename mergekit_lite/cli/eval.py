@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_lite.cli.options import TEXT
+from mergekit_lite.cli.options import CACHE, TEXT
 from mergekit_lite.cli.table import echo_table
 from mergekit_lite.text import plain
 
@@ -25,6 +25,7 @@ __all__ = ["command"]
 
 @click.command("eval", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@CACHE
 @click.option("--reference", metavar="MODEL", help="What the models are compared with.")
 @click.option(
     "--text", "path", type=TEXT, metavar="FILE",

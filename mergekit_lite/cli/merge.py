@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_lite.cli.options import SIZE, complete_merge, human_bytes, split_method
+from mergekit_lite.cli.options import CACHE, SIZE, complete_merge, human_bytes, split_method
 from mergekit_lite.cli.ranks import rank_table
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ __all__ = ["command"]
     "--shard-size", type=SIZE, default="2GB", show_default=True,
     help="Most bytes of an output file; a stopped run continues at the next file.",
 )  # fmt: skip
+@CACHE
 @click.option("--rehash", is_flag=True, help="Hash inputs again that were hashed before.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary for programs.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")

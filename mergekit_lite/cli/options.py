@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 __all__ = [
-    "ACCEPT", "PROFILE", "REASON", "SIZE", "TEXT", "RecipePath", "Size", "TextSource",
+    "ACCEPT", "CACHE", "PROFILE", "REASON", "SIZE", "TEXT", "RecipePath", "Size", "TextSource",
     "accepted_licences", "complete_merge", "human_bytes", "split_method",
 ]  # fmt: skip
 
@@ -60,6 +60,19 @@ PROFILE = click.option(
     "--profile", type=click.Choice(["research", "community", "production"]),
     help="What it must hold; under production what lacks is an error.  "
     "[default: the recipe's, or community]",
+)  # fmt: skip
+
+
+def _set_cache(_ctx: click.Context, _param: click.Parameter, value: int | None) -> None:
+    if value is not None:
+        from mergekit_lite.checkpoint.far.fetcher import FETCHER
+
+        FETCHER.cache_bytes = value
+
+
+CACHE = click.option(
+    "--cache", type=SIZE, metavar="SIZE", expose_value=False, callback=_set_cache,
+    help="Keep so many bytes of what is fetched from hf://, s3://, gs://, https:// on this disk.",
 )  # fmt: skip
 ACCEPT = click.option(
     "--accept-license", "accept", multiple=True, metavar="ID",

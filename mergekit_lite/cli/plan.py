@@ -12,6 +12,7 @@ from mergekit_lite.cli.options import SIZE, complete_merge, human_bytes, split_m
 from mergekit_lite.text import plain
 
 if TYPE_CHECKING:
+    from mergekit_lite.checkpoint.locate import Source
     from mergekit_lite.merge.plan import Plan, PlannedTensor
     from mergekit_lite.merge.run import Prepared
 
@@ -36,6 +37,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Show what RECIPE would do: tensors, methods, bytes, memory. Reads headers only."""
+    from mergekit_lite.checkpoint.locate import looking
     from mergekit_lite.errors import PackError
     from mergekit_lite.merge.run import check_memory, default_threads, prepare
     from mergekit_lite.methods import ALIASES, METHODS
@@ -49,7 +51,8 @@ def command(
             f"{path}: makes {recipe.output}; a plan is of a whole model",
             f"See what goes in: pack inspect {path}",
         )
-    prepared = prepare(recipe, path.parent, max(1, shard_size))
+    with looking():
+        prepared = prepare(recipe, path.parent, max(1, shard_size))
     try:
         if as_json:
             click.echo(json.dumps(prepared.plan.describe(), indent=2))
@@ -95,10 +98,43 @@ def _summary(prepared: Prepared, memory: int, threads: int) -> Iterator[str]:
         role = " (config and tokenizer)" if name == plan.template else ""
         yield f"  {name}{where}: {len(model.checkpoint.names())} tensors{role}"
     yield f"reads   {human_bytes(reads)}" + (f", the whole {passes} times" if passes > 1 else "")
+    yield from _network(prepared)
     files = f"{len(plan.shards)} file{'s' * (len(plan.shards) != 1)}"
     yield f"writes  {human_bytes(plan.output_bytes)} in {files}"
     yield f"memory  about {human_bytes(peak)} at its peak, {threads} threads"
     yield f"result  dist/{plan.recipe.name}/merged"
+
+
+def _network(prepared: Prepared) -> Iterator[str]:
+    """What comes over the network, how, and how long that takes at the rate of the last run."""
+    from mergekit_lite.checkpoint.announce import announce
+    from mergekit_lite.checkpoint.far.fetcher import FETCHER
+    from mergekit_lite.checkpoint.far.traffic import known_rate
+    from mergekit_lite.merge.checkpoint import MergeCheckpoint
+
+    merged = MergeCheckpoint(prepared.plan, prepared.inputs)
+    FETCHER.paused = True
+    announce(merged.prefetch, merged.names())
+    for reference, source in prepared.inputs.sources.items():
+        for host, (wanted, size) in source.checkpoint.elsewhere().items():
+            rate = known_rate(host)
+            took = "" if rate is None else (
+                f"; about {wanted / rate:.0f} s at the {rate * 8e-9:.2f} Gbit/s of the last run"
+            )  # fmt: skip
+            yield f"network {human_bytes(wanted)}, {_way(reference, source, wanted, size)}{took}"
+
+
+def _way(reference: str, source: Source, wanted: int, size: int) -> str:
+    """Whether a model will be read where it lies, or fetched whole first."""
+    from mergekit_lite.checkpoint.far.address import is_far
+
+    if is_far(reference) or source.notes:
+        part = f", {human_bytes(size - wanted)} of it not at all" if wanted < 0.99 * size else ""
+        return f"{reference} is read where it lies{part}"
+    return (
+        f"{reference} is fetched whole ({human_bytes(size)}), since the disk has room; "
+        f"hf://{reference} is read where it lies"
+    )
 
 
 def _groups(plan: Plan, *, every: bool) -> Iterator[str]:

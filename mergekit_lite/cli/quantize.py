@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 from exporters.onnx.schemes import BLOCKS, ROUTES
 from exporters.onnx.schemes import SCHEMES as ONNX_SCHEMES
 from exporters.schemes import FORMATS, ORDERS, TARGETS
-from mergekit_lite.cli.options import SIZE, TEXT
+from mergekit_lite.cli.options import CACHE, SIZE, TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -130,6 +130,7 @@ class _Target(click.Tuple):
     help="Compare what was written with the model.  [default: ONNX, and small models in GGUF]",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an existing result.")
+@CACHE
 @click.option("--memory", type=SIZE, default="448MB", show_default=True, help="Memory for weights.")
 @click.option(
     "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all cores]"

@@ -280,6 +280,11 @@ def _observe_jobs(merged: MergeCheckpoint, index: int) -> Iterator[Job]:
 def _finish_inputs(inputs: Inputs, progress: Progress) -> dict[str, list[InputFile]]:
     """Hash what has not been read, and check that no input changed."""
     progress.begin("Check inputs", 0)
+    hosts = {host for s in inputs.sources.values() for host in s.checkpoint.elsewhere()}
+    if hosts:
+        from mergekit_lite.checkpoint.far.traffic import note_rate
+
+        note_rate(hosts)
     return {name: s.checkpoint.input_files() for name, s in inputs.sources.items()}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergekit_lite.checkpoint.announce import turn
 from mergekit_lite.checkpoint.far.fetcher import BLOCK, FETCHER, Block
-from mergekit_lite.checkpoint.far.transport import Broken, Changed, Transport
+from mergekit_lite.checkpoint.far.transport import Transport
 from mergekit_lite.checkpoint.header import Header, parse_header, read_length
 from mergekit_lite.checkpoint.known import KNOWN
 from mergekit_lite.checkpoint.protocol import InputFile
@@ -179,18 +179,7 @@ class FarFile:
         Raises:
             PackError: It changed, or what came is not what the server has.
         """
-        try:
-            self._transport.check()
-        except Changed:
-            raise PackError(
-                f"{self.path}: changed while it was being read",
-                "Wait until whatever writes it is done, then run again.",
-            ) from None
-        except Broken as error:
-            raise PackError(
-                f"{self.path}: cannot be asked for any more ({error})",
-                "Run the same command again; finished files are kept.",
-            ) from None
+        FETCHER.check(self._transport)
         sha256 = self._known
         if sha256 is None or self._digest.upto >= self.size:
             while (start := self._digest.upto) < self.size:
@@ -290,10 +279,11 @@ class FarCheckpoint(SafetensorsCheckpoint):
         file = self._where[name]
         file.will_need(file.header.entries[name].start, self.spec(name).nbytes)
 
-    @property
-    def traffic(self) -> Mapping[str, int]:
-        """Bytes that were announced, by what they come over."""
-        found: dict[str, int] = {}
+    def elsewhere(self) -> Mapping[str, tuple[int, int]]:
+        """Bytes that were announced, and bytes of its files, by host."""
+        found: dict[str, tuple[int, int]] = {}
         for file in self.far:
-            found[file.host] = found.get(file.host, 0) + file.wanted
+            if file.host:
+                wanted, size = found.get(file.host, (0, 0))
+                found[file.host] = wanted + file.wanted, size + file.size
         return found

@@ -88,6 +88,7 @@ class Fetcher:
         window: Bytes that are fetched before somebody asks for them.
         connections: Requests at a time.
         cache_bytes: Size of the local cache; 0 for none.
+        paused: Whether blocks are only noted and not fetched, for a plan.
         traffic: What was fetched.
     """
 
@@ -95,6 +96,7 @@ class Fetcher:
         self.window = WINDOW
         self.connections = CONNECTIONS
         self.cache_bytes = 0
+        self.paused = False
         self.traffic = Traffic()
         self._changed = threading.Condition()
         self._queue: list[tuple[tuple[int, int], int, Block, Transport, Callable[..., None]]] = []
@@ -118,7 +120,7 @@ class Fetcher:
             key: Blocks are fetched from the smallest key on.
         """
         with self._changed:
-            if block.pending or block.data is not None:
+            if self.paused or block.pending or block.data is not None:
                 return
             block.pending, block.key, block.failure = True, key, None
             self._number += 1
@@ -276,26 +278,48 @@ class Fetcher:
                     self.traffic.cached += len(held)
                 return held
         got = b""
+
+        def once() -> None:
+            nonlocal got
+            try:
+                got += transport.fetch(start + len(got), stop)
+            except Broken as error:
+                got += error.got[: stop - start - len(got)]
+                raise
+
+        self._persist(once, transport, attempts)
+        with self._changed:
+            self.traffic.received += len(got) if transport.host else 0
+        if cache is not None:
+            cache.keep(transport, start, stop, got)
+        return got
+
+    def check(self, transport: Transport) -> None:
+        """Look whether a file is still the same.
+
+        Raises:
+            PackError: It is not, or the server cannot be asked.
+        """
+        self._persist(transport.check, transport, _ATTEMPTS)
+
+    def _persist(self, once: Callable[[], None], transport: Transport, attempts: int) -> None:
+        """Try something several times, with pauses that grow."""
+        why = ""
         for attempt in range(attempts):
             try:
                 with self._counted(attempt > 0):
-                    got += transport.fetch(start + len(got), stop)
-                with self._changed:
-                    self.traffic.received += len(got) if transport.host else 0
-                if cache is not None:
-                    cache.keep(transport, start, stop, got)
-                return got
+                    once()
+                return
             except Changed:
                 raise PackError(
                     f"{transport.url}: changed while it was being read",
                     "Wait until whatever writes it is done, then run again.",
                 ) from None
             except Broken as error:
-                got += error.got[: stop - start - len(got)]
                 why = str(error)
-                if attempt + 1 < attempts:
-                    pause = min(_LONGEST, _PAUSE * 2**attempt)
-                    time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 (spreads requests)
+            if attempt + 1 < attempts:
+                pause = min(_LONGEST, _PAUSE * 2**attempt)
+                time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 (spreads requests)
         raise PackError(
             f"{transport.url}: could not be read, after {attempts} attempts ({why})",
             "Check the address and the network, then run the same command again; finished files "
@@ -347,10 +371,20 @@ class _Cache:
             found.sort(key=lambda item: item[1].st_mtime_ns)
             self._sizes = {path: stat.st_size for path, stat in found}
         self._total = sum(self._sizes.values())
+        with contextlib.suppress(OSError):
+            self._make_room(0)
 
     def _path(self, transport: Transport, start: int, stop: int) -> Path:
         state = hashlib.sha256(transport.identity.encode()).hexdigest()[:32]
         return self._folder / state / f"{start}-{stop}"
+
+    def _make_room(self, count: int) -> None:
+        while self._sizes and self._total + count > self.limit:
+            oldest = next(iter(self._sizes))
+            self._total -= self._sizes.pop(oldest)
+            oldest.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                oldest.parent.rmdir()
 
     def find(self, transport: Transport, start: int, stop: int) -> bytes | None:
         """A block, if it is there whole."""
@@ -370,19 +404,16 @@ class _Cache:
             return
         path = self._path(transport, start, stop)
         with contextlib.suppress(OSError):
-            with self._lock:
-                while self._sizes and self._total + len(data) > self.limit:
-                    oldest = next(iter(self._sizes))
-                    self._total -= self._sizes.pop(oldest)
-                    oldest.unlink(missing_ok=True)
-                    with contextlib.suppress(OSError):
-                        oldest.parent.rmdir()
-                self._total += len(data) - self._sizes.pop(path, 0)
-                self._sizes[path] = len(data)
-                path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
             beside.write_bytes(data)
-            beside.rename(path)
+            with self._lock:
+                self._total -= self._sizes.pop(path, 0)
+                self._make_room(len(data))
+                path.parent.mkdir(exist_ok=True)
+                beside.rename(path)
+                self._total += len(data)
+                self._sizes[path] = len(data)
 
 
 FETCHER = Fetcher()

@@ -1,0 +1,389 @@
+"""Models that are read where they lie: the same bytes, and none too many, on any network."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mergekit_lite.checkpoint.far.checkpoint import FarFile
+from mergekit_lite.checkpoint.far.fetcher import FETCHER
+from mergekit_lite.checkpoint.far.transport import FsspecTransport, HttpTransport
+from mergekit_lite.errors import PackError
+from tests.conftest import Ran, digests, pack_process, random_models, write_recipe
+from tests.far_server import FarServer, far_server
+from tests.hub_server import HubServer
+
+Pack = Callable[..., Ran]
+NAMES = ("base", "a", "b")
+SHAPES = {
+    "embed.weight": (257, 64), "layers.0.up.weight": (160, 64), "layers.0.norm.weight": (64,),
+    "layers.1.up.weight": (160, 64), "layers.1.norm.weight": (64,), "head.weight": (257, 64),
+}  # fmt: skip
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    return random_models(tmp_path / "models", "ab", torch.bfloat16, SHAPES)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of some kilobytes, and nothing known of earlier runs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("mergekit_lite.checkpoint.far.checkpoint.BLOCK", 5000)
+    monkeypatch.setattr("mergekit_lite.checkpoint.far.fetcher._PAUSE", 0.001)
+    monkeypatch.setattr(FETCHER, "cache_bytes", 0)
+    monkeypatch.setattr(FETCHER, "paused", False)
+
+
+@pytest.fixture
+def server(models: Path) -> Iterator[FarServer]:
+    with far_server(models) as far:
+        yield far
+
+
+def ties(path: Path, where: str, method: str = "ties", **keys: object) -> Path:
+    """A recipe of the three models below an address."""
+    parameters = {"weight": 0.5} | ({"density": 0.5} if method == "ties" else {})
+    tuned: dict[str, dict[str, object]] = {f"{where}/{n}": dict(parameters) for n in NAMES[1:]}
+    if method == "linear":
+        return write_recipe(path, method, {**tuned, f"{where}/base": dict(parameters)}, **keys)
+    return write_recipe(path, method, tuned, base_model=f"{where}/base", **keys)
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """Digests of a result, all but the lock, which says where the models lay."""
+    return {name: digest for name, digest in digests(folder).items() if name != "pack.lock"}
+
+
+def expected(pack: Pack, models: Path, tmp_path: Path, method: str = "ties") -> dict[str, str]:
+    ran = pack("merge", ties(tmp_path / "same.yaml", str(models), method), "-o", tmp_path / "local")
+    assert ran.code == 0, ran.err
+    return weights(tmp_path / "local")
+
+
+def inputs(folder: Path) -> list[list[dict[str, Any]]]:
+    lock = json.loads((folder / "pack.lock").read_text())
+    return [entry["files"] for entry in lock["inputs"]]
+
+
+@pytest.mark.parametrize("method", ["ties", "linear"])
+def test_same_bytes(
+    method: str, pack: Pack, server: FarServer, models: Path, tmp_path: Path
+) -> None:
+    """Every byte of the files is sent once, and none stays on this disk."""
+    wanted = expected(pack, models, tmp_path, method)
+    server.asked.clear()
+    recipe = ties(tmp_path / "same.yaml", server.url, method)
+    ran = pack("merge", recipe, "-o", tmp_path / "far")
+    assert ran.code == 0, ran.err
+    assert weights(tmp_path / "far") == wanted
+    assert inputs(tmp_path / "far") == inputs(tmp_path / "local")
+    for name in NAMES:
+        size = (models / name / "model.safetensors").stat().st_size
+        spans = sorted(server.asked[f"{name}/model.safetensors"])
+        assert spans.pop(0) == (0, 1)  # whether it is still the same
+        assert [start for start, _ in spans[1:]] == [stop for _, stop in spans[:-1]]
+        assert (spans[0][0], spans[-1][1]) == (0, size)
+    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in kept) < 1000
+
+
+def test_what_is_read_several_times(
+    pack: Pack, server: FarServer, models: Path, tmp_path: Path
+) -> None:
+    """A trim of the whole model looks at all of it first."""
+    for where, name in ((server.url, "far"), (str(models), "local")):
+        recipe = ties(tmp_path / "same.yaml", where, parameters={"trim": "global"})
+        ran = pack("merge", recipe, "-o", tmp_path / name)
+        assert ran.code == 0, ran.err
+    assert weights(tmp_path / "far") == weights(tmp_path / "local")
+    assert inputs(tmp_path / "far") == inputs(tmp_path / "local")
+
+
+def test_parts_of_a_model(pack: Pack, server: FarServer, tmp_path: Path) -> None:
+    """Of layers that are left out nothing is sent; the lock's digest is known from before."""
+    assert pack("merge", ties(tmp_path / "r.yaml", server.url), "-o", tmp_path / "out").code == 0
+    server.asked.clear()
+    part = {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": f"{server.url}/base", "layer_range": [0, 1]}]}],
+    }
+    (tmp_path / "part.yaml").write_text(json.dumps(part))
+    ran = pack("merge", tmp_path / "part.yaml", "-o", tmp_path / "part")
+    assert ran.code == 0, ran.err
+    sent = sum(stop - start for start, stop in server.asked["base/model.safetensors"])
+    layer = 2 * (160 * 64 + 64)
+    assert sent < server.folder.joinpath("base/model.safetensors").stat().st_size - layer + 2
+
+
+def test_a_bad_line(pack: Pack, server: FarServer, models: Path, tmp_path: Path) -> None:
+    """Requests that fail, and answers that are cut, change nothing."""
+    wanted = expected(pack, models, tmp_path)
+    server.failing = 0.2
+    before = FETCHER.traffic.retried
+    ran = pack("merge", ties(tmp_path / "same.yaml", server.url), "-o", tmp_path / "far")
+    assert ran.code == 0, ran.err
+    assert weights(tmp_path / "far") == wanted
+    assert FETCHER.traffic.retried > before
+
+
+def test_a_small_window(
+    pack: Pack, server: FarServer, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that nobody has read yet may be more than fit."""
+    wanted = expected(pack, models, tmp_path)
+    monkeypatch.setattr(FETCHER, "window", 12_000)
+    ran = pack("merge", ties(tmp_path / "same.yaml", server.url), "-o", tmp_path / "far")
+    assert ran.code == 0, ran.err
+    assert weights(tmp_path / "far") == wanted
+
+
+@pytest.mark.parametrize("etags", [True, False])
+def test_a_file_that_changes(
+    etags: bool, pack: Pack, server: FarServer, models: Path, tmp_path: Path
+) -> None:
+    """Noticed by its ETag, or by the time of its last change; nothing is left under the name."""
+    server.etags, server.latency = etags, 0.05
+    file = models / "a" / "model.safetensors"
+
+    def change() -> None:
+        while len(server.asked.get("a/model.safetensors", ())) < 4:
+            time.sleep(0.002)
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        beside = file.with_name("new")
+        beside.write_bytes(data)
+        os.utime(beside, (1, 1))
+        beside.rename(file)
+
+    changing = threading.Thread(target=change, daemon=True)
+    changing.start()
+    ran = pack("merge", ties(tmp_path / "r.yaml", server.url), "-o", tmp_path / "far")
+    changing.join(10)
+    assert ran.code == 1
+    assert "changed while it was being read" in ran.err
+    assert not (tmp_path / "far").exists()
+
+
+def test_adapter_on_a_base(
+    pack: Pack, example_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergekit_lite.checkpoint.far.checkpoint.BLOCK", 1 << 20)
+    with far_server(example_models) as server:
+        for where, name in ((server.url, "far"), (str(example_models), "local")):
+            word = f"{where}/base+!{where}/lora-code"
+            ran = pack("merge", "adapter", word, "-o", tmp_path / name)
+            assert ran.code == 0, ran.err
+        size = (example_models / "base" / "model.safetensors").stat().st_size
+        sent = sum(b - a for a, b in server.asked["base/model.safetensors"])
+        assert sent == size + 1
+    assert weights(tmp_path / "far") == weights(tmp_path / "local")
+
+
+def test_gguf_of_a_model_elsewhere(
+    pack: Pack, example_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergekit_lite.checkpoint.far.checkpoint.BLOCK", 1 << 20)
+    with far_server(example_models) as server:
+        for where, name in ((server.url, "far"), (str(example_models), "local")):
+            words = ("--to", "gguf", "q8_0", f"{where}/base", "--name", "x", "-o", tmp_path / name)
+            ran = pack("quantize", *words)
+            assert ran.code == 0, ran.err
+    files = [next((tmp_path / name).glob("*.gguf")).read_bytes() for name in ("far", "local")]
+    assert files[0] == files[1]
+
+
+def test_local_cache(pack: Pack, server: FarServer, models: Path, tmp_path: Path) -> None:
+    """What was fetched is there the second time; never more than was allowed."""
+    recipe = ties(tmp_path / "r.yaml", server.url)
+    assert pack("merge", recipe, "-o", tmp_path / "1", "--cache", "10MB").code == 0
+    server.asked.clear()
+    assert pack("merge", recipe, "-o", tmp_path / "2", "--cache", "10MB").code == 0
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+    for name in NAMES:  # the head, and whether it is still the same
+        assert sum(b - a for a, b in server.asked[f"{name}/model.safetensors"]) < 2000
+    blocks = tmp_path / "cache" / "pack" / "blocks"
+    assert pack("merge", recipe, "-o", tmp_path / "3", "--cache", "20KB").code == 0
+    assert sum(path.stat().st_size for path in blocks.rglob("*") if path.is_file()) <= 20_000
+
+
+def test_a_plan_fetches_no_weights(pack: Pack, server: FarServer, tmp_path: Path) -> None:
+    ran = pack("plan", ties(tmp_path / "r.yaml", server.url))
+    assert ran.code == 0, ran.err
+    assert f"{server.url}/base is read where it lies" in ran.out
+    for name in NAMES:
+        assert sum(b - a for a, b in server.asked[f"{name}/model.safetensors"]) < 2000
+
+
+def test_mistakes(
+    pack: Pack, server: FarServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(where: str, *said: str) -> None:
+        ran = pack("merge", ties(tmp_path / "r.yaml", where), "-o", tmp_path / "out")
+        assert ran.code == 1
+        for text in said:
+            assert text in ran.err, ran.err
+        assert "Traceback" not in ran.err
+        assert not (tmp_path / "out").exists()
+
+    told(f"{server.url}/gone", "is not there")
+    told(server.url.replace("//", "//user:secret@"), "would be in every lock")
+    assert "secret" not in pack("inspect", "https://user:secret@host/x").err
+    told("http://127.0.0.1:1", "could not be read")
+    told("hf://org/name", "no address of a model on the Hub")
+    server.ranges = False
+    told(server.url, "does not send parts of files")
+    monkeypatch.setattr(
+        "mergekit_lite.checkpoint.far.locate.find_spec",
+        lambda name: None if name in ("s3fs", "gcsfs") else find_spec(name),
+    )
+    told("s3://bucket/x", "pip install 'pack-models[s3]'")
+    told("gs://bucket/x", "pip install 'pack-models[gs]'")
+
+
+def test_the_hub(pack: Pack, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hf:// reads where it lies, at the commit of its revision; damage is noticed."""
+    wanted = expected(pack, models, tmp_path)
+    with HubServer() as hub:
+        commits = [hub.add_folder(f"org/{name}", models / name) for name in NAMES]
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        environment = kept | hub.environment(tmp_path / "hf")
+        environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+
+        def run(*words: object) -> Ran:
+            process = pack_process(*words, cwd=tmp_path, env=environment)
+            out, err = process.communicate(timeout=120)
+            return Ran(process.returncode, out, err)
+
+        ran = run("merge", ties(tmp_path / "same.yaml", "hf://org"), "-o", tmp_path / "far")
+        assert ran.code == 0, ran.err
+        assert weights(tmp_path / "far") == wanted
+        assert not list((tmp_path / "hf").rglob("*.safetensors"))
+        lock = json.loads((tmp_path / "far" / "pack.lock").read_text())
+        assert {entry["revision"] for entry in lock["inputs"]} == set(commits)
+        plan = run("plan", ties(tmp_path / "plain.yaml", "org"))
+        assert "is fetched whole" in plan.out, plan.out + plan.err
+        assert not list((tmp_path / "hf").rglob("*.safetensors"))
+
+
+def test_damage_on_the_way(server: FarServer) -> None:
+    """What came is compared with the digest that the server states."""
+    url = f"{server.url}/a/model.safetensors"
+    file = FarFile(HttpTransport(url, "model.safetensors", sha256="0" * 64))
+    file.read(0, np.empty(file.size, np.uint8))
+    with pytest.raises(PackError, match="not what the server says"):
+        file.finish()
+
+
+def test_any_file_system(models: Path, tmp_path: Path) -> None:
+    """Stores that have no transport of their own are read through fsspec."""
+    fsspec = pytest.importorskip("fsspec")
+    path = models / "a" / "model.safetensors"
+    system = fsspec.filesystem("file")
+    transport = FsspecTransport(system, str(path), f"file://{path}", "model.safetensors")
+    file = FarFile(transport)
+    out = np.empty(file.size, np.uint8)
+    file.read(0, out)
+    assert out.tobytes() == path.read_bytes()
+    assert file.finish().sha256 == digests(models / "a")["model.safetensors"]
+    os.utime(path, (5, 5))
+    with pytest.raises(PackError, match="changed while"):
+        file.finish()
+
+
+def test_threads_that_read_the_same_blocks(server: FarServer, models: Path) -> None:
+    """Random reads by many threads give what the file holds, with a window that is too small."""
+    url = f"{server.url}/base/model.safetensors"
+    data = np.fromfile(models / "base" / "model.safetensors", np.uint8)
+    file = FarFile(HttpTransport(url, "model.safetensors"))
+    wrong: list[int] = []
+
+    def read(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for _ in range(60):
+            start = int(random.integers(0, len(data) - 1))
+            out = np.empty(int(random.integers(1, min(20_000, len(data) - start) + 1)), np.uint8)
+            file.read(start, out)
+            if not np.array_equal(out, data[start : start + len(out)]):
+                wrong.append(start)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+    file.close()
+
+
+def test_what_stays_in_memory(server: FarServer) -> None:
+    """All that was read once is let go."""
+    held = FETCHER._held
+    file = FarFile(HttpTransport(f"{server.url}/b/model.safetensors", "model.safetensors"))
+    file.read(0, np.empty(file.size, np.uint8))
+    assert FETCHER._held == held
+
+
+@pytest.mark.xdist_group("s3")
+def test_s3(pack: Pack, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same from an S3 server, with and without an object that changes."""
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    import boto3
+
+    wanted = expected(pack, models, tmp_path)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        _, port = server.get_host_and_port()
+        for name, value in (
+            ("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}"), ("AWS_ACCESS_KEY_ID", "key"),
+            ("AWS_SECRET_ACCESS_KEY", "hidden"), ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):  # fmt: skip
+            monkeypatch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="models")
+        for name in NAMES:
+            for path in (models / name).iterdir():
+                client.upload_file(str(path), "models", f"deep/{name}/{path.name}")
+        recipe = ties(tmp_path / "same.yaml", "s3://models/deep")
+        ran = pack("merge", recipe, "-o", tmp_path / "far")
+        assert ran.code == 0, ran.err
+        assert weights(tmp_path / "far") == wanted
+        lock = (tmp_path / "far" / "pack.lock").read_text()
+        assert inputs(tmp_path / "far") == inputs(tmp_path / "local")
+        assert "hidden" not in lock
+        file = FarFile(_s3_transport("models/deep/a/model.safetensors"))
+        client.upload_file(
+            str(models / "b" / "model.safetensors"), "models", "deep/a/model.safetensors"
+        )
+        with pytest.raises(PackError, match="changed while"):
+            file.read(0, np.empty(file.size, np.uint8))
+        with pytest.raises(PackError, match="changed while"):
+            file.finish()
+        ran = pack("inspect", "s3://models/deep/none")
+        assert (ran.code, "Traceback" in ran.err) == (1, False)
+        ran = pack("inspect", "s3://no-such-bucket/x")
+        assert (ran.code, "Traceback" in ran.err) == (1, False)
+    finally:
+        server.stop()
+
+
+def _s3_transport(path: str) -> Any:
+    import fsspec
+
+    from mergekit_lite.checkpoint.far.transport import S3Transport
+
+    system = fsspec.filesystem("s3")
+    return S3Transport(system, path, "model.safetensors", system.info(path, refresh=True))
