@@ -10,6 +10,7 @@ What S3 and the Hub do differently is a `Store` each; a local result imports nei
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import re
@@ -29,6 +30,7 @@ WAITING = 2
 """Finished shards that may be on the disk, the one that is being uploaded among them."""
 PAUSES = (0.5, 2.0, 8.0)
 """Seconds before each further attempt; the libraries have tried several times by then."""
+_DISK = (errno.ENOSPC, errno.EDQUOT)
 _SCRATCH = Path("dist") / ".uploads"
 _REMOTE = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+)://(?P<place>.*)", re.DOTALL)
 
@@ -424,6 +426,8 @@ class Upload:
         except (PackError, Missing):
             raise
         except Exception as error:  # whatever the libraries raise
+            if isinstance(error, OSError) and (error.filename or error.errno in _DISK):
+                raise  # of a file here
             found = self._store.explained(error)
             kept = "" if not self._states else (
                 " Finished and uploaded files are kept; then run the same command again."

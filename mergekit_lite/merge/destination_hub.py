@@ -71,9 +71,9 @@ class HubStore:
         """Ask the large-file storage; it wants no file that it has."""
         from huggingface_hub.lfs import post_lfs_batch_info
 
-        wanted, errors, _ = post_lfs_batch_info(
+        wanted, errors = post_lfs_batch_info(
             [_uploaded(piece).upload_info], token=None, repo_type="model", repo_id=self._repo
-        )
+        )[:2]
         return not errors and not any(entry.get("actions") for entry in wanted)
 
     def discard(self, states: Mapping[str, dict[str, Any]]) -> None:

@@ -225,8 +225,9 @@ class S3Store:
         if code in _REFUSED or isinstance(error, PermissionError):
             return PackError(
                 f"{where}: S3 refuses you ({code or type(error).__name__})",
-                "Check the credentials; writing needs s3:ListBucket, GetObject, PutObject, "
-                "DeleteObject, AbortMultipartUpload and ListMultipartUploadParts.",
+                "Check the credentials; writing needs s3:ListBucket, ListBucketMultipartUploads, "
+                "GetObject, PutObject, DeleteObject, AbortMultipartUpload and "
+                "ListMultipartUploadParts.",
             )
         if code:
             return PackError(f"{where}: S3 answers {code}", "Check the bucket and its region.")

@@ -240,6 +240,8 @@ def _run(
         progress.begin("Merge", sum(plan.tensors[name].spec.nbytes for name in todo))
         run(_writing(merged, todo, writer))
     weights = _finish_inputs(inputs, progress)
+    if writer.uploads:
+        progress.begin("Upload", 0)
     return _publish(prepared, writer, weights, resumed, began)
 
 

@@ -126,6 +126,7 @@ class ArtifactWriter:
     ) -> None:
         self.final = final
         self.location = str(final) if upload is None else upload.location
+        self.uploads = upload is not None
         self._upload = upload
         self._force = force
         self.partial = partial_of(final)
@@ -286,7 +287,8 @@ class ArtifactWriter:
         """
         outputs = self.outputs(files)
         if self._upload is not None:
-            self._upload.commit(files)
+            with explained(self.partial):
+                self._upload.commit(files)
             self._journal.unlink(missing_ok=True)
             shutil.rmtree(self.partial)
             return outputs

@@ -244,6 +244,28 @@ def test_killed_runs_go_on(
     assert bucket.uploads() == []
 
 
+def test_stopped_and_continued(
+    bucket: Bucket, run: Callable[..., Ran], recipe: Path, local: Files, tmp_path: Path
+) -> None:
+    """Ctrl-C while shards go up: one message, and the same command goes on."""
+    code = _DIE_IN_S3.format(method="upload_part", count=2).replace(
+        "die()", "os.kill(os.getpid(), signal.SIGINT)"
+    )
+    start = (
+        f"import os, signal, sys\n{code}\nfrom mergekit_lite.cli import main\n"
+        f"sys.argv = ['pack', 'merge', {str(recipe)!r}, '-o', {bucket.place!r}, *{SHARDS!r}]\n"
+        "main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", start], cwd=tmp_path, capture_output=True,
+                         text=True, timeout=60)  # fmt: skip
+    assert ran.returncode == 130, ran.stderr
+    assert "Run the same command to continue." in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert bucket.files() == {}
+    assert run(bucket.place).code == 0
+    assert bucket.files() == local
+
+
 def test_parts_of_a_shard_are_kept(
     bucket: Bucket, pack: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,7 +406,11 @@ def test_errors(
 
 @pytest.mark.parametrize(
     "words",
-    [("extract", "a", "--base", "base"), ("quantize", "a", "--to", "gguf"), ("imatrix", "a")],
+    [
+        ("extract", "a", "--base", "base"),
+        ("quantize", "a", "--to", "gguf", "q8_0"),
+        ("imatrix", "a"),
+    ],
 )
 def test_commands_that_write_here_only(
     pack: Callable[..., Ran], models: Path, words: tuple[str, ...]
