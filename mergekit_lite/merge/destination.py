@@ -27,7 +27,7 @@ __all__ = ["LOCK", "Address", "Missing", "Piece", "Store", "Upload", "is_remote"
 
 LOCK = "pack.lock"
 WAITING = 2
-"""Finished shards that may be on the disk, the one that is being uploaded among them."""
+"""Finished shards, the one being uploaded among them, from which on no other is begun."""
 PAUSES = (0.5, 2.0, 8.0)
 """Seconds before each further attempt; the libraries have tried several times by then."""
 _DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -255,13 +255,18 @@ class Upload:
             save()
         self._start()
 
-    def add(self, name: str, shard: Mapping[str, Any], folder: Path) -> None:
-        """Upload a finished shard; waits while too many are waiting."""
-        state = self._states[name] = {}
-        piece = self._piece(name, shard, folder, state)
+    def wait_for_room(self) -> None:
+        """Wait before another shard is begun while too many are finished and not yet uploaded."""
         with self._changed:
             while self._failure is None and len(self._waiting) >= WAITING:
                 self._changed.wait()
+            self._check()
+
+    def add(self, name: str, shard: Mapping[str, Any], folder: Path) -> None:
+        """Upload a finished shard; returns at once."""
+        state = self._states[name] = {}
+        piece = self._piece(name, shard, folder, state)
+        with self._changed:
             self._check()
             self._waiting.append(piece)
             self._changed.notify_all()

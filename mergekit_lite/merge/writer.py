@@ -206,6 +206,8 @@ class ArtifactWriter:
         """Write some elements of a tensor, ``offset`` bytes from its start; from any thread."""
         shard = self._shards[name]
         with explained(self.partial):
+            if self._upload is not None and shard.name not in self._open:
+                self._upload.wait_for_room()  # not under the lock, which the journal needs
             with self._lock:
                 held = self._open.get(shard.name)
                 if held is None:
