@@ -19,7 +19,8 @@ from mergekit_lite.cli.options import (
 from mergekit_lite.cli.ranks import rank_table
 
 if TYPE_CHECKING:
-    from mergekit_lite.merge.destination import Address, Upload
+    from mergekit_lite.merge.address import Address
+    from mergekit_lite.merge.destination import Upload
     from mergekit_lite.recipe import Recipe
 
 __all__ = ["command"]

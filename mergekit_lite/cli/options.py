@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
-    from mergekit_lite.merge.destination import Address
+    from mergekit_lite.merge.address import Address
 
 __all__ = [
     "ACCEPT", "OUTPUT", "OUTPUT_ANYWHERE", "PROFILE", "REASON", "SIZE", "TEXT", "Output",
@@ -59,7 +59,7 @@ class Output(click.ParamType["Path | Address"]):
         if "://" not in value:
             return Path(value)
         from mergekit_lite.errors import PackError
-        from mergekit_lite.merge.destination import Address
+        from mergekit_lite.merge.address import Address
 
         if not self._remote:
             self.fail(

@@ -13,7 +13,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -22,8 +21,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mergekit_lite.errors import Interrupted, PackError
+from mergekit_lite.merge.address import SCRATCH, Address
 
-__all__ = ["LOCK", "Address", "Missing", "Piece", "Store", "Upload", "is_remote", "open_upload"]
+__all__ = ["LOCK", "Missing", "Piece", "Store", "Upload", "open_upload"]
 
 LOCK = "pack.lock"
 WAITING = 2
@@ -31,61 +31,6 @@ WAITING = 2
 PAUSES = (0.5, 2.0, 8.0)
 """Seconds before each further attempt; the libraries have tried several times by then."""
 _DISK = (errno.ENOSPC, errno.EDQUOT)
-_SCRATCH = Path("dist") / ".uploads"
-_REMOTE = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+)://(?P<place>.*)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a result goes that is not a folder.
-
-    Attributes:
-        scheme: ``s3`` or ``hf``.
-        place: What follows; without slashes at its ends.
-    """
-
-    scheme: str
-    place: str
-
-    @staticmethod
-    def parse(text: str) -> Address:
-        """Read ``s3://BUCKET/PREFIX`` or ``hf://ORG/NAME``.
-
-        Raises:
-            PackError: It is neither.
-        """
-        match = _REMOTE.fullmatch(text)
-        scheme, place = (match["scheme"], match["place"].strip("/")) if match else ("", "")
-        if scheme == "s3":
-            bucket, _, prefix = place.partition("/")
-            parts = prefix.split("/")
-            if not re.fullmatch(r"[A-Za-z0-9][\w.-]+", bucket) or not all(parts) or ".." in parts:
-                raise PackError(f"'{text}' names no place in a bucket", "Write s3://BUCKET/PREFIX.")
-        elif scheme == "hf":
-            from mergekit_lite.release.hub import check_repo
-
-            check_repo(place)
-        else:
-            raise PackError(
-                f"'{text}': results cannot be written there",
-                "Give a folder, s3://BUCKET/PREFIX or hf://ORG/NAME: -o WHERE",
-            )
-        return Address(scheme, place)
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.place}"
-
-    @property
-    def scratch(self) -> Path:
-        """The folder here that unfinished shards are kept beside, of this address alone."""
-        text = str(self)
-        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text)[-60:]
-        return _SCRATCH / f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def is_remote(text: str) -> bool:
-    """Whether a word means another place than this machine's disk: ``s3://…``, ``hf://…``."""
-    return _REMOTE.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -306,7 +251,7 @@ class Upload:
 
     def clean(self, partial: Path) -> None:
         """Remove the folders here that are empty, as they are after a commit and a refusal."""
-        for folder in (partial, _SCRATCH, _SCRATCH.parent):
+        for folder in (partial, SCRATCH, SCRATCH.parent):
             with contextlib.suppress(OSError):  # others are there
                 folder.rmdir()
 
