@@ -81,6 +81,7 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
     tags: set[str] = field(default_factory=set)
     large: dict[str, bytes] = field(default_factory=dict)
 
@@ -238,7 +239,7 @@ def model_info(server: HubServer, _request: Request, words: Mapping[str, str]) -
             "id": words["repo"],
             "modelId": words["repo"],
             "sha": sha,
-            "private": False,
+            "private": repository.private,
             "gated": "manual" if repository.gated else False,
             "disabled": False,
             "downloads": 0,
@@ -304,6 +305,8 @@ def create(server: HubServer, request: Request, _words: Mapping[str, str]) -> Re
     if repo in server.repositories:
         return _json({**reply, "error": "You already created this model repo"}, 409)
     server.add(repo, {".gitattributes": b"*.safetensors filter=lfs\n"})
+    private = asked.get("visibility") == "private" or bool(asked.get("private"))
+    server.repositories[repo].private = private
     return _json(reply)
 
 

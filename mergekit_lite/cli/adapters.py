@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_lite.cli.options import human_bytes
+from mergekit_lite.cli.options import OUTPUT, human_bytes
 
 if TYPE_CHECKING:
     from mergekit_lite.recipe import Recipe
@@ -20,7 +20,7 @@ __all__ = ["command"]
 @click.command("adapters", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("words", nargs=-1, required=True, metavar="BASE [NAME=]ADAPTER... | RECIPE")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
+    "-o", "--output", type=OUTPUT, metavar="DIR",
     help="Where the bundle goes.  [default: dist/NAME/adapters]",
 )  # fmt: skip
 @click.option("--no-gguf", is_flag=True, help="Make no GGUF files for llama.cpp.")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mergekit_lite.cli.options import OUTPUT
 from mergekit_lite.text import plain
 
 __all__ = ["command"]
@@ -20,7 +21,7 @@ _OWN = Path("dist/registry.sqlite")
     help="The server.",
 )  # fmt: skip
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
+    "-o", "--output", type=OUTPUT, metavar="DIR",
     help="Where the files go.  [default: dist/NAME/deploy/VERSION-SERVER]",
 )  # fmt: skip
 @click.option(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_lite.cli.options import human_bytes
+from mergekit_lite.cli.options import OUTPUT, human_bytes
 from mergekit_lite.cli.ranks import rank_table
 
 __all__ = ["command"]
@@ -22,7 +22,7 @@ __all__ = ["command"]
     help="Share of each module's change to keep, for example 0.95; with --rank, at most that rank.",
 )  # fmt: skip
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
+    "-o", "--output", type=OUTPUT, metavar="DIR",
     help="Where the adapter goes.  [default: dist/NAME/adapter]",
 )  # fmt: skip
 @click.option(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_lite.cli.options import TEXT
+from mergekit_lite.cli.options import OUTPUT, TEXT
 from mergekit_lite.cli.table import echo_table
 from mergekit_lite.text import plain
 
@@ -23,7 +23,7 @@ CONTEXT, WINDOWS = 256, 128
     help="Text, or JSON lines with text or messages.  [default: a small one that comes along]",
 )  # fmt: skip
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
+    "-o", "--output", type=OUTPUT, metavar="FILE",
     help="Where it goes.  [default: NAME.imatrix.gguf]",
 )  # fmt: skip
 @click.option(

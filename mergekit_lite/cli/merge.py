@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_lite.cli.options import CACHE, SIZE, complete_merge, human_bytes, split_method
+from mergekit_lite.cli.options import (
+    CACHE,
+    OUTPUT_ANYWHERE,
+    SIZE,
+    complete_merge,
+    human_bytes,
+    split_method,
+)
 from mergekit_lite.cli.ranks import rank_table
 
 if TYPE_CHECKING:
+    from mergekit_lite.merge.address import Address
+    from mergekit_lite.merge.destination import Upload
     from mergekit_lite.recipe import Recipe
 
 __all__ = ["command"]
@@ -23,8 +32,9 @@ __all__ = ["command"]
     "words", nargs=-1, required=True, metavar="[METHOD] RECIPE", shell_complete=complete_merge
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
-    help="Where the result goes.  [default: dist/NAME/merged]",
+    "-o", "--output", type=OUTPUT_ANYWHERE, metavar="WHERE",
+    help="Where the result goes: a folder, s3://BUCKET/PREFIX or hf://ORG/NAME.  "
+    "[default: dist/NAME/merged]",
 )  # fmt: skip
 @click.option(
     "--dtype", metavar="TYPE",
@@ -53,7 +63,7 @@ __all__ = ["command"]
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def command(
     words: tuple[str, ...],
-    output: Path | None,
+    output: Path | Address | None,
     dtype: str | None,
     rank: int | None,
     energy: float | None,
@@ -80,7 +90,6 @@ def command(
     from mergekit_lite.checkpoint.known import KNOWN
     from mergekit_lite.cli.progress import make_progress
     from mergekit_lite.merge.run import Options, check_memory, default_threads, prepare, run_merge
-    from mergekit_lite.merge.writer import refuse_existing
     from mergekit_lite.methods import ALIASES, METHODS
     from mergekit_lite.recipe import read_recipe
 
@@ -97,22 +106,23 @@ def command(
         raise click.UsageError(f"the recipe asks for a bundle; run: pack adapters {words[-1]}")
     if recipe.output == "adapter":
         recipe = _with_target(recipe, rank, energy)
+        if output is not None and not isinstance(output, Path):
+            raise click.UsageError(f"an adapter is written to a folder, not to {output}: -o DIR")
         _merge_adapters(recipe, home, output, force=force, as_json=as_json, quiet=quiet)
         return
     if rank is not None or energy is not None:
         raise click.UsageError("--rank and --energy go with a recipe of 'output: adapter'")
-    folder = output or Path("dist") / str(recipe.name) / "merged"
-    refuse_existing(folder, force)
+    place = _place(output or Path("dist") / str(recipe.name) / "merged", force)
     options = Options(threads or default_threads(), memory, max(1, shard_size), force)
     with make_progress(quiet or as_json) as progress:
         prepared = prepare(recipe, home, options.shard_bytes)
-        result = run_merge(prepared, folder, options, progress)
+        result = run_merge(prepared, place, options, progress)
     size = sum(o.size for o in result.outputs)
     if as_json:
         click.echo(
             json.dumps(
                 {
-                    "folder": str(result.folder),
+                    "folder": result.location,
                     "method": prepared.plan.method.name,
                     "seconds": round(result.seconds, 3),
                     "bytes": size,
@@ -136,8 +146,19 @@ def command(
         count = len(prepared.plan.tensors)
         click.echo(
             f"{prepared.plan.method.name}: {count} tensors, {human_bytes(size)} "
-            f"in {result.seconds:.1f} s → {result.folder}"
+            f"in {result.seconds:.1f} s → {result.location}"
         )
+
+
+def _place(output: Path | Address, force: bool) -> Path | Upload:
+    """Where the result goes; a folder that may not be replaced is found before any model is."""
+    from mergekit_lite.merge.destination import open_upload
+    from mergekit_lite.merge.writer import refuse_existing
+
+    if not isinstance(output, Path):
+        return open_upload(output)
+    refuse_existing(output, force)
+    return output
 
 
 def _with_target(recipe: Recipe, rank: int | None, energy: float | None) -> Recipe:

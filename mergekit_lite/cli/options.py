@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
+if TYPE_CHECKING:
+    from mergekit_lite.merge.address import Address
+
 __all__ = [
-    "ACCEPT", "CACHE", "PROFILE", "REASON", "SIZE", "TEXT", "RecipePath", "Size", "TextSource",
-    "accepted_licences", "complete_merge", "human_bytes", "split_method",
+    "ACCEPT", "CACHE", "OUTPUT", "OUTPUT_ANYWHERE", "PROFILE", "REASON", "SIZE", "TEXT", "Output",
+    "RecipePath", "Size", "TextSource", "accepted_licences", "complete_merge", "human_bytes",
+    "split_method",
 ]  # fmt: skip
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -34,6 +38,47 @@ class Size(click.ParamType[int]):
         return int(float(match[1]) * (_UNITS.get(unit) or _BINARY[unit]))
 
 
+class Output(click.ParamType["Path | Address"]):
+    """Where a result goes: a folder, and for commands that can upload, S3 or the Hub.
+
+    Args:
+        remote: Whether the command can.
+    """
+
+    name = "output"
+
+    def __init__(self, remote: bool = False) -> None:
+        self._remote = remote
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path | Address:
+        """Tell a folder from an address, or fail where only a folder will do."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        if "://" not in value:
+            return Path(value)
+        from mergekit_lite.errors import PackError
+        from mergekit_lite.merge.address import Address
+
+        if not self._remote:
+            self.fail(
+                f"{value!r}: this command writes to this machine only; give a path, and upload the "
+                "result with your own tool, or with: pack release --push-hub",
+                param, ctx,
+            )  # fmt: skip
+        try:
+            return Address.parse(value)
+        except PackError as error:
+            self.fail(f"{error.message}. {error.hint}", param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Folders."""
+        return [CompletionItem(incomplete, type="dir")]
+
+
 class TextSource(click.ParamType[Path]):
     """A text file, or a file of a data set on the Hub."""
 
@@ -51,6 +96,8 @@ class TextSource(click.ParamType[Path]):
         return found
 
 
+OUTPUT = Output()
+OUTPUT_ANYWHERE = Output(remote=True)
 SIZE = Size()
 TEXT = TextSource()
 RecipePath = click.Path(path_type=Path)

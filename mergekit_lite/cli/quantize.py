@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 from exporters.onnx.schemes import BLOCKS, ROUTES
 from exporters.onnx.schemes import SCHEMES as ONNX_SCHEMES
 from exporters.schemes import FORMATS, ORDERS, TARGETS
-from mergekit_lite.cli.options import CACHE, SIZE, TEXT
+from mergekit_lite.cli.options import CACHE, OUTPUT, SIZE, TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,7 +52,7 @@ class _Target(click.Tuple):
 )  # fmt: skip
 @click.option("--list", "list_schemes", is_flag=True, help="List formats and schemes.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
+    "-o", "--output", type=OUTPUT, metavar="DIR",
     help="Where the result goes.  [default: dist/NAME/FORMAT-SCHEME]",
 )  # fmt: skip
 @click.option("--name", help="Name of the files.  [default: the model's]")

@@ -20,6 +20,7 @@ from mergekit_lite.kernels.jit import TILE, is_first_use
 from mergekit_lite.merge.buffers import BufferPool
 from mergekit_lite.merge.checkpoint import MergeCheckpoint, MergeReader
 from mergekit_lite.merge.config import small_files
+from mergekit_lite.merge.destination import Upload
 from mergekit_lite.merge.inputs import Inputs, open_inputs
 from mergekit_lite.merge.lock import LOCK_NAME, make_lock
 from mergekit_lite.merge.plan import Plan, make_plan, scratch_bytes
@@ -87,14 +88,14 @@ class Result:
     """What a merge made.
 
     Attributes:
-        folder: Where it lies.
+        location: Where it lies: a folder, or the address that it was uploaded to.
         outputs: Its files, the lock included.
         seconds: Wall time.
         resumed: Shards that an earlier run had finished.
         nonfinite: Number of NaN and infinite elements, by tensor that has some.
     """
 
-    folder: Path
+    location: str
     outputs: Sequence[OutputFile]
     seconds: float
     resumed: int
@@ -168,13 +169,13 @@ class _ObserveJob(Job):
 
 
 def run_merge(
-    prepared: Prepared, folder: Path, options: Options, progress: Progress | None = None
+    prepared: Prepared, place: Path | Upload, options: Options, progress: Progress | None = None
 ) -> Result:
-    """Merge into a folder, which appears when everything is there.
+    """Merge into a folder, or a place elsewhere, which appears when everything is there.
 
     Args:
         prepared: From `prepare`; its inputs are closed here.
-        folder: Where the result goes.
+        place: Where the result goes.
         options: How to run.
         progress: Told how far it is.
 
@@ -186,9 +187,15 @@ def run_merge(
     began = time.monotonic()
     plan, inputs = prepared.plan, prepared.inputs
     try:
-        refuse_existing(folder, options.force)
-        refuse_inputs(folder, (source.path for source in inputs.sources.values()))
-        writer = ArtifactWriter(folder, plan.shards, plan.fingerprint(inputs), options.force)
+        upload = place if isinstance(place, Upload) else None
+        folder = place.folder if isinstance(place, Upload) else place
+        if upload is None:
+            refuse_existing(folder, options.force)
+            refuse_inputs(folder, (source.path for source in inputs.sources.values()))
+        else:
+            upload.refuse_inputs(inputs.sources)
+        fingerprint = plan.fingerprint(inputs)
+        writer = ArtifactWriter(folder, plan.shards, fingerprint, options.force, upload)
         try:
             return _run(prepared, writer, options, progress, began)
         except Interrupted:
@@ -235,6 +242,8 @@ def _run(
         progress.begin("Merge", sum(plan.tensors[name].spec.nbytes for name in todo))
         run(_writing(merged, todo, writer))
     weights = _finish_inputs(inputs, progress)
+    if writer.uploads:
+        progress.begin("Upload", 0)
     return _publish(prepared, writer, weights, resumed, began)
 
 
@@ -304,7 +313,7 @@ def _publish(
         prepared.plan, prepared.inputs, weights, outputs, dict(sorted(nonfinite.items()))
     )
     return Result(
-        folder=writer.final,
+        location=writer.location,
         outputs=writer.publish({**files, LOCK_NAME: lock}),
         seconds=time.monotonic() - began,
         resumed=resumed,

@@ -24,10 +24,14 @@ import numpy as np
 
 from mergekit_lite.dtypes import Array
 from mergekit_lite.errors import PackError
+from mergekit_lite.merge.destination import Upload
 from mergekit_lite.merge.plan import Shard
 from mergekit_lite.merge.segments import SegmentedFile
 
 __all__ = ["ArtifactWriter", "OutputFile", "explained", "partial_of", "write_durably"]
+
+_PASSING = 5
+"""Shards that may be on the disk at a time while they are uploaded."""
 
 
 def partial_of(final: Path) -> Path:
@@ -106,13 +110,25 @@ class ArtifactWriter:
         shards: All output files.
         fingerprint: Of the plan.
         force: Whether an existing result is replaced.
+        upload: Takes the result elsewhere; ``final`` is then only where it passes through.
 
     Raises:
         PackError: The result exists, is being written by another process, or does not fit.
     """
 
-    def __init__(self, final: Path, shards: Sequence[Shard], fingerprint: str, force: bool) -> None:
+    def __init__(
+        self,
+        final: Path,
+        shards: Sequence[Shard],
+        fingerprint: str,
+        force: bool,
+        upload: Upload | None = None,
+    ) -> None:
         self.final = final
+        self.location = str(final) if upload is None else upload.location
+        self.uploads = upload is not None
+        self._upload = upload
+        self._force = force
         self.partial = partial_of(final)
         self._journal = journal_of(final)
         self._shards = {name: shard for shard in shards for name in shard.header.entries}
@@ -123,12 +139,13 @@ class ArtifactWriter:
         self._lock = threading.Lock()
         self._flush_failure: OSError | None = None
         self._lock_fd = -1
-        refuse_existing(final, force)
+        if upload is None:
+            refuse_existing(final, force)
         with explained(final):
             self.partial.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             try:
-                self.done = self._resume()
+                self._resume()
                 self._check_space()
             except BaseException:
                 self.close()
@@ -152,15 +169,18 @@ class ArtifactWriter:
                 return
             os.close(fd)
 
-    def _resume(self) -> dict[str, dict[str, Any]]:
+    def _resume(self) -> None:
         """Finished shards of an earlier run of the same plan; anything else is removed."""
         journal: Any = {}
         with contextlib.suppress(OSError, ValueError):
             journal = json.loads(self._journal.read_text("utf-8"))
         same = isinstance(journal, dict) and journal.get("fingerprint") == self._fingerprint
         self.discarded = bool(journal) and not same
-        done = dict(journal.get("shards", {})) if same else {}
-        for shard in self._all:
+        done = self.done = dict(journal.get("shards", {})) if same else {}
+        if self._upload is not None:
+            state = journal.get("upload", {}) if isinstance(journal, dict) else {}
+            self._upload.begin(state, done, self.partial, self._force, self._save_journal)
+        for shard in self._all if self._upload is None else ():
             path = self.partial / shard.name
             if shard.name in done and not (path.is_file() and path.stat().st_size == shard.size):
                 del done[shard.name]
@@ -169,11 +189,12 @@ class ArtifactWriter:
                 with contextlib.suppress(OSError):  # one that is not empty stays
                     path.rmdir()
             elif path.relative_to(self.partial).as_posix() not in done:
-                path.unlink()
-        return done
+                path.unlink(missing_ok=self._upload is not None)
 
     def _check_space(self) -> None:
-        need = sum(shard.size for shard in self._all if shard.name not in self.done)
+        sizes = sorted(shard.size for shard in self._all if shard.name not in self.done)
+        # Of what is uploaded meanwhile a few shards are here at a time: some waiting, some open.
+        need = sum(sizes if self._upload is None else sizes[-_PASSING:])
         free = shutil.disk_usage(self.partial).free
         if need > free:
             raise PackError(
@@ -185,6 +206,8 @@ class ArtifactWriter:
         """Write some elements of a tensor, ``offset`` bytes from its start; from any thread."""
         shard = self._shards[name]
         with explained(self.partial):
+            if self._upload is not None and shard.name not in self._open:
+                self._upload.wait_for_room()  # not under the lock, which the journal needs
             with self._lock:
                 held = self._open.get(shard.name)
                 if held is None:
@@ -242,10 +265,18 @@ class ArtifactWriter:
                     "sha256": sha256, "bytes": shard.size, "nonfinite": held.nonfinite,
                 }  # fmt: skip
                 self._write_journal()
+            if self._upload is not None:
+                self._upload.add(shard.name, self.done[shard.name], self.partial)
+
+    def _save_journal(self) -> None:
+        with self._lock:
+            self._write_journal()
 
     def _write_journal(self) -> None:
-        text = json.dumps({"fingerprint": self._fingerprint, "shards": self.done})
-        write_durably(self._journal, text.encode())
+        journal: dict[str, Any] = {"fingerprint": self._fingerprint, "shards": self.done}
+        if self._upload is not None:
+            journal["upload"] = self._upload.state
+        write_durably(self._journal, json.dumps(journal).encode())
 
     def publish(self, files: Mapping[str, bytes]) -> list[OutputFile]:
         """Add small files and give the result its name.
@@ -257,6 +288,12 @@ class ArtifactWriter:
             Every file of the result, sorted by name.
         """
         outputs = self.outputs(files)
+        if self._upload is not None:
+            with explained(self.partial):
+                self._upload.commit(files)
+            self._journal.unlink(missing_ok=True)
+            shutil.rmtree(self.partial)
+            return outputs
         with explained(self.final):
             for name, content in files.items():
                 write_durably(self.partial / name, content)
@@ -277,17 +314,23 @@ class ArtifactWriter:
 
     def abort(self) -> None:
         """Wake every thread that waits to write; called when the run ends early."""
+        if self._upload is not None:
+            self._upload.abort()
         for held in list(self._open.values()):
             held.file.abort()
 
     def close(self) -> None:
         """Close all files; what is unfinished stays for the next run."""
+        if self._upload is not None:
+            self._upload.close()
         for held in self._open.values():
             held.file.close()
         if self._lock_fd >= 0:
             self._lock_path.unlink(missing_ok=True)
             os.close(self._lock_fd)
             self._lock_fd = -1
+            if self._upload is not None:
+                self._upload.clean(self.partial)
 
 
 def refuse_existing(final: Path, force: bool) -> None:

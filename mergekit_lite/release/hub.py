@@ -1,4 +1,4 @@
-"""Where a recipe wants a release on the Hub."""
+"""Where a recipe wants a release on the Hub, and what goes wrong there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit_lite.errors import PackError
 
-__all__ = ["HubPlan", "check_repo", "hub_plan"]
+__all__ = ["HubPlan", "check_repo", "hub_error", "hub_plan"]
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,26 @@ def check_repo(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise PackError(f"'{name}' is no repository of the Hub", "Write ORG/NAME.")
     return name
+
+
+def hub_error(error: Exception, repo: str) -> PackError:
+    """What went wrong, without the client's own words where they may hold a token."""
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    again = "Run the same command again; what is done is not done twice."
+    if status in (401, 403):
+        return PackError(
+            f"{repo}: the Hub refuses you ({status})",
+            "Log in with a token that may write there: hf auth login",
+        )
+    if status in (409, 412):
+        return PackError(
+            f"{repo}: somebody else changed it meanwhile ({status}); nothing was changed",
+            again,
+        )
+    if status is not None:
+        return PackError(f"{repo}: the Hub answers {status}; see the next step", again)
+    return PackError(
+        f"{repo}: the Hub cannot be reached ({type(error).__name__})",
+        "Check the network. " + again,
+    )

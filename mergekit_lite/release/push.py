@@ -17,7 +17,7 @@ import yaml
 
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.run import Progress
-from mergekit_lite.release.hub import HubPlan
+from mergekit_lite.release.hub import HubPlan, hub_error
 from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
 from mergekit_lite.release.profiles import PROFILES
 from mergekit_lite.release.secrets import find_secrets
@@ -103,7 +103,7 @@ def push_release(
     except PackError:
         raise
     except Exception as error:  # whatever the client raises
-        raise _explained(error, target) from None
+        raise hub_error(error, target.repo) from None
 
 
 def check_before_leaving(
@@ -192,7 +192,7 @@ def collect(title: str, repos: Sequence[str], private: bool) -> str:
         for repo in repos:
             made = api.add_collection_item(made.slug, repo, item_type="model", exists_ok=True)
     except Exception as error:  # whatever the client raises
-        raise _explained(error, Target(f"collection '{title}'")) from None
+        raise hub_error(error, f"collection '{title}'") from None
     return str(made.url)
 
 
@@ -261,29 +261,6 @@ class _Hub:
         except EntryNotFoundError:
             return None
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _explained(error: Exception, target: Target) -> PackError:
-    """What went wrong, without the client's own words where they may hold a token."""
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    again = "Run the same command again; what is done is not done twice."
-    if status in (401, 403):
-        return PackError(
-            f"{target.repo}: the Hub refuses you ({status})",
-            "Log in with a token that may write there: hf auth login",
-        )
-    if status in (409, 412):
-        return PackError(
-            f"{target.repo}: somebody else changed it meanwhile ({status}); nothing was changed",
-            again,
-        )
-    if status is not None:
-        return PackError(f"{target.repo}: the Hub answers {status}; see the next step", again)
-    return PackError(
-        f"{target.repo}: the Hub cannot be reached ({type(error).__name__})",
-        "Check the network. " + again,
-    )
 
 
 def describe(pushed: Pushed) -> dict[str, Any]:
