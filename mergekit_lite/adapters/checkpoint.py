@@ -276,6 +276,11 @@ class AdaptedReader(TensorReader):
                 edit.settle()
 
     @property
+    def far(self) -> bool:
+        """Whether the base is."""
+        return self._base.far
+
+    @property
     def origin(self) -> Hashable:
         """That of the base's tensor."""
         return self._base.origin

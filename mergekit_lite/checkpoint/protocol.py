@@ -93,6 +93,11 @@ class TensorReader(ABC):
         """What readers that begin with the same stored rows have in common; None if unknown."""
         return None
 
+    @property
+    def far(self) -> bool:
+        """Whether its bytes come over a network, so that none should be read twice."""
+        return False
+
     @abstractmethod
     def read(self, rows: Rows, out: Array) -> None:
         """Write rows into ``out``, contiguous, of the spec's storage type and that many elements.

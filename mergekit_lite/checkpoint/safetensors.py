@@ -75,6 +75,10 @@ class _FileReader(TensorReader):
     def origin(self) -> Hashable:
         return id(self._file), self._start
 
+    @property
+    def far(self) -> bool:
+        return not isinstance(self._file, SafetensorsFile)
+
     def read(self, rows: Rows, out: Array) -> None:
         self._file.read(self._start + rows.start * self._row_bytes, out)
 

@@ -163,6 +163,11 @@ class MergeReader(TensorReader):
         """Passes that the sources need, before those of the method."""
         return self._inner
 
+    @property
+    def far(self) -> bool:
+        """Whether any source is."""
+        return any(reader.far for reader in self._readers)
+
     def resident_bytes(self) -> int:
         """Bytes of all sources, as they are gathered."""
         return self.spec.elements * self._gathered.itemsize * len(self._readers)

@@ -55,7 +55,7 @@ class _Scheduler:
         self._held = 0
         self._flying = 0
         self._begun = 0
-        self._exhausted = False
+        self._coming: Job | None = None
         self._ready: list[tuple[int, int, int, Job]] = []
         self._left: dict[int, int] = {}
         self._changed = threading.Condition()
@@ -85,24 +85,30 @@ class _Scheduler:
             while self.failure is None:
                 if self._ready:
                     return heapq.heappop(self._ready)
-                if not self._exhausted and (self._flying == 0 or self._held < self._memory):
-                    self._begin()
-                elif self._exhausted and self._flying == 0:
+                if self._coming is None:
+                    self._coming = next(self._jobs, None)
+                if self._coming is not None and self._fits(self._coming):
+                    self._begin(self._coming)
+                    self._coming = None
+                elif self._coming is None and self._flying == 0:
                     self._changed.notify_all()
                     return None
                 else:
                     self._changed.wait()
             return None
 
-    def _begin(self) -> None:
-        job = next(self._jobs, None)
-        if job is None:
-            self._exhausted = True
-            return
+    def _fits(self, job: Job) -> bool:
+        """Whether a job may be begun; one that comes over a network waits until it can be kept."""
+        if self._flying == 0:
+            return True
+        dear = job.reader.far and job.reader.passes > 0
+        return self._held + (job.reader.resident_bytes() if dear else 0) < self._memory
+
+    def _begin(self, job: Job) -> None:
         number = self._begun
         self._begun += 1
         resident = job.reader.resident_bytes() if job.reader.passes else 0
-        if resident and resident <= self._memory - self._held:
+        if resident and (resident <= self._memory - self._held or job.reader.far):
             job.reader.keep()
             job.held = resident
         self._held += job.held
