@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_lite.cli.options import SIZE, complete_merge, human_bytes, split_method
+from mergekit_lite.cli.options import (
+    SIZE,
+    complete_merge,
+    engine_options,
+    human_bytes,
+    make_engine,
+    split_method,
+)
 from mergekit_lite.cli.ranks import rank_table
 
 if TYPE_CHECKING:
@@ -47,6 +54,7 @@ __all__ = ["command"]
     "--shard-size", type=SIZE, default="2GB", show_default=True,
     help="Most bytes of an output file; a stopped run continues at the next file.",
 )  # fmt: skip
+@engine_options
 @click.option("--rehash", is_flag=True, help="Hash inputs again that were hashed before.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary for programs.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -60,6 +68,8 @@ def command(
     memory: int,
     threads: int | None,
     shard_size: int,
+    engine_name: str,
+    address: str | None,
     rehash: bool,
     as_json: bool,
     quiet: bool,
@@ -95,6 +105,11 @@ def command(
     if recipe.output == "adapters":
         raise click.UsageError(f"the recipe asks for a bundle; run: pack adapters {words[-1]}")
     if recipe.output == "adapter":
+        if engine_name != "local":
+            raise click.UsageError(
+                f"--engine {engine_name} spreads models over their output files; an adapter is "
+                "one file, and made here"
+            )
         recipe = _with_target(recipe, rank, energy)
         _merge_adapters(recipe, home, output, force=force, as_json=as_json, quiet=quiet)
         return
@@ -102,9 +117,13 @@ def command(
         raise click.UsageError("--rank and --energy go with a recipe of 'output: adapter'")
     folder = output or Path("dist") / str(recipe.name) / "merged"
     refuse_existing(folder, force)
-    options = Options(threads or default_threads(), memory, max(1, shard_size), force)
-    with make_progress(quiet or as_json) as progress:
-        prepared = prepare(recipe, home, options.shard_bytes)
+    shard_bytes = max(1, shard_size)
+    with (
+        make_engine(engine_name, address, threads) as engine,
+        make_progress(quiet or as_json) as progress,
+    ):
+        options = Options(threads or default_threads(), memory, shard_bytes, force, engine)
+        prepared = prepare(recipe, home, shard_bytes)
         result = run_merge(prepared, folder, options, progress)
     size = sum(o.size for o in result.outputs)
     if as_json:
@@ -117,6 +136,7 @@ def command(
                     "bytes": size,
                     "notes": prepared.notes,
                     "nonfinite": dict(result.nonfinite),
+                    "recomputed": result.recomputed,
                     "outputs": [
                         {"path": o.path, "bytes": o.size, "sha256": o.sha256}
                         for o in result.outputs
