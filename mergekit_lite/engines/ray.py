@@ -6,9 +6,9 @@ nothing but names, digests and, where a method has one, a statistic over the who
 
 **Where a task runs.** Every node is asked first whether it has the inputs, the folder of the
 result and the same versions; one that has not gets no task. Nodes whose own disks hold the inputs
-come before those that read them over a network; between equals Ray's SPREAD strategy gives every
-node its share. A task declares its threads as CPUs and its estimated peak as memory, so a node runs
-as many as fit.
+are preferred to those that read them over a network, as far as they have room; between equals Ray's
+SPREAD strategy gives every node its share. A task declares its threads as CPUs and its estimated
+peak as memory, so a node runs as many as fit.
 
 **What is lost.** Retries are counted here and not left to Ray: a file whose worker or node is lost
 is asked for again, by whoever has room, and files that are finished stay. Where this process dies,
@@ -18,6 +18,7 @@ the next run continues from the journal.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -95,7 +96,7 @@ class RayEngine(Engine):
             )
         self._address = address or os.environ.get("RAY_ADDRESS") or "local"
         self._threads = threads
-        self._connected = False
+        self._held = contextlib.ExitStack()
 
     def compute(
         self,
@@ -126,6 +127,8 @@ class RayEngine(Engine):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
+        # Whatever it is told, Ray prints what befalls workers, and where results for programs go.
+        self._held.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if ray.is_initialized():
             return
         own: dict[str, Any] = {}
@@ -145,7 +148,7 @@ class RayEngine(Engine):
                     "Start one (ray start --head), name another (--address HOST:PORT), or leave "
                     "--address out for one that is started for the run.",
                 ) from None
-        self._connected = True
+        self._held.callback(ray.shutdown)
 
     def __exit__(
         self,
@@ -154,11 +157,7 @@ class RayEngine(Engine):
         trace: TracebackType | None,
     ) -> None:
         """Leave the cluster, and stop it if it was started here."""
-        if self._connected:
-            import ray
-
-            ray.shutdown()
-            self._connected = False
+        self._held.close()
 
 
 class _Run:
@@ -179,7 +178,7 @@ class _Run:
         self._pending: dict[Any, _Call] = {}
         self._remotes: dict[Callable[..., Any], Any] = {}
         self._nodes: list[_Node] = []
-        self._where: Any = "SPREAD"
+        self._where: dict[str, Any] = {"scheduling_strategy": "SPREAD"}
         self._recomputed = 0
         self._written = 0
         self._shown = 0
@@ -276,17 +275,17 @@ class _Run:
         self._prefer(list(refused))
 
     def _prefer(self, refused: Sequence[str]) -> None:
-        """Choose a strategy: leave nodes out, and prefer those that are near to the inputs."""
-        near = [node.id for node in self._nodes if node.near]
-        if not refused and len(near) in (0, len(self._nodes)):
-            return
-        from ray.util.scheduling_strategies import In, NodeLabelSchedulingStrategy, NotIn
-
+        """Leave nodes out, and prefer those that are near to the inputs."""
         key = "ray.io/node-id"
-        self._where = NodeLabelSchedulingStrategy(
-            hard={key: NotIn(*refused)} if refused else {},
-            soft={key: In(*near)} if near else {},
-        )
+        if refused:
+            self._where["label_selector"] = {key: f"!in({','.join(refused)})"}
+        near = [node.id for node in self._nodes if node.near]
+        if 0 < len(near) < len(self._nodes):
+            from ray.util.scheduling_strategies import In, NodeLabelSchedulingStrategy
+
+            self._where["scheduling_strategy"] = NodeLabelSchedulingStrategy(
+                hard={}, soft={key: In(*near)}
+            )
 
     def _share(self, files: int) -> int:
         """CPUs for a task, so that all are used where there are fewer files than CPUs."""
@@ -359,7 +358,7 @@ class _Run:
             self._show()
 
     def _submit(self, call: _Call) -> None:
-        options = {**call.options, "max_retries": 0, "scheduling_strategy": self._where}
+        options = {**call.options, **self._where, "max_retries": 0}
         remote = self._remote(call.function).options(**options)
         self._pending[remote.remote(self._asked, *call.arguments)] = call
 

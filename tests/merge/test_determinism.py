@@ -91,7 +91,8 @@ def test_global_trim_is_deterministic_too(
     for number, threads in enumerate((1, 2)):
         recipe = write_recipe(
             tmp_path / "r.yaml", "ties", {f"{models}/{n}": {"density": 0.3} for n in "abc"},
-            base_model=f"{models}/base", parameters={"trim": "global", "rescale": rescale}, dtype="bfloat16",
+            base_model=f"{models}/base", parameters={"trim": "global", "rescale": rescale},
+            dtype="bfloat16",
         )  # fmt: skip
         out = tmp_path / str(number)
         assert pack("merge", recipe, "-o", out, "-q", "--threads", threads).code == 0
