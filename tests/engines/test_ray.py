@@ -355,3 +355,9 @@ def test_what_is_not_spread(pack: Callable[..., Any], models: Path) -> None:
     assert (ran.code, "--address goes with --engine ray" in ran.err) == (2, True)
     ran = pack("quantize", "--to", "gptq", "w4g128", models / "a", "--engine", "ray")
     assert (ran.code, "spreads GGUF files" in ran.err) == (2, True)
+    recipe = _recipe(models)
+    asking = recipe.with_name("asking.yaml")
+    document = {**json.loads(recipe.read_text()), "quantize": [{"to": "awq", "scheme": "w4g128"}]}
+    asking.write_text(json.dumps(document))
+    ran = pack("build", asking, "--engine", "ray")
+    assert (ran.code, "asks for awq, which one process makes" in ran.err) == (1, True), ran.err
