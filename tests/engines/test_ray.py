@@ -122,48 +122,6 @@ def test_gguf(pack: Callable[..., Any], nodes: Nodes, example_models: Path, tmp_
     assert len(list((tmp_path / "there" / "gguf-q8_0").glob("*.gguf"))) > 2
 
 
-def test_killed_workers_and_a_killed_node(
-    pack: Callable[..., Any],
-    nodes: Nodes,
-    models: Path,
-    expected: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    noted = tmp_path / "noted"
-    hold(noted, *FILES)
-    monkeypatch.setattr("mergekit_lite.engines.tasks.write", slow_write(noted))
-    node = nodes.add()
-    [victim] = [n["NodeID"] for n in ray.nodes() if n["NodeManagerPort"] == node.node_manager_port]
-    lost: list[str] = []
-
-    def begun(count: int) -> list[dict[str, Any]]:
-        _until(lambda: len(attempts(noted)) >= count)
-        return attempts(noted)
-
-    def kill() -> None:
-        first = begun(4)  # one on each node
-        elsewhere = [a for a in first if a["node"] != victim][:2]
-        for attempt in elsewhere:
-            os.kill(attempt["pid"], signal.SIGKILL)
-        begun(6)
-        lost.extend(a["name"] for a in elsewhere)
-        lost.extend(a["name"] for a in first if a["node"] == victim)
-        os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
-        hold(noted)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    out = tmp_path / "out"
-    ran = pack("merge", _recipe(models), "-o", out, *CUT, "--threads", 1, "--json", *_ray(nodes))
-    killer.join()
-    assert ran.code == 0, ran.err
-    assert digests(out) == expected
-    tried = Counter(a["name"] for a in attempts(noted))
-    assert tried == Counter(FILES) + Counter(lost)
-    assert json.loads(ran.out)["recomputed"] == len(lost) == 3
-
-
 def test_ctrl_c_keeps_what_is_finished(
     pack: Callable[..., Any],
     nodes: Nodes,
@@ -361,3 +319,45 @@ def test_what_is_not_spread(pack: Callable[..., Any], models: Path) -> None:
     asking.write_text(json.dumps(document))
     ran = pack("build", asking, "--engine", "ray")
     assert (ran.code, "asks for awq, which one process makes" in ran.err) == (1, True), ran.err
+
+
+def test_killed_workers_and_a_killed_node(
+    pack: Callable[..., Any],
+    nodes: Nodes,
+    models: Path,
+    expected: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noted = tmp_path / "noted"
+    hold(noted, *FILES)
+    monkeypatch.setattr("mergekit_lite.engines.tasks.write", slow_write(noted))
+    node = nodes.add()
+    [victim] = [n["NodeID"] for n in ray.nodes() if n["NodeManagerPort"] == node.node_manager_port]
+    lost: list[str] = []
+
+    def begun(count: int) -> list[dict[str, Any]]:
+        _until(lambda: len(attempts(noted)) >= count)
+        return attempts(noted)
+
+    def kill() -> None:
+        first = begun(4)  # one on each node
+        elsewhere = [a for a in first if a["node"] != victim][:2]
+        for attempt in elsewhere:
+            os.kill(attempt["pid"], signal.SIGKILL)
+        begun(6)
+        lost.extend(a["name"] for a in elsewhere)
+        lost.extend(a["name"] for a in first if a["node"] == victim)
+        os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        hold(noted)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    out = tmp_path / "out"
+    ran = pack("merge", _recipe(models), "-o", out, *CUT, "--threads", 1, "--json", *_ray(nodes))
+    killer.join()
+    assert ran.code == 0, ran.err
+    assert digests(out) == expected
+    tried = Counter(a["name"] for a in attempts(noted))
+    assert tried == Counter(FILES) + Counter(lost)
+    assert json.loads(ran.out)["recomputed"] == len(lost) == 3
