@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporters.gguf.about import about
-from exporters.gguf.export import GgufModel, Scheme
-from exporters.gguf.verify import Verification, verify
-from exporters.gguf.write import Kinds, Target, encode_jobs
-from mergekit_lite.checkpoint.gguf import GgufCheckpoint
+from exporters.gguf.export import Scheme
+from exporters.gguf.verify import Verification
+from exporters.gguf.work import FORMAT, GgufWork, Planned, Prepared, Request, prepare_gguf
+from mergekit_lite.engines.local import LocalEngine
+from mergekit_lite.engines.protocol import Computed, Engine
 from mergekit_lite.errors import Interrupted
-from mergekit_lite.kernels.jit import is_first_use
 from mergekit_lite.merge.lock import LOCK_NAME, lock_file
-from mergekit_lite.merge.model import WholeModel
-from mergekit_lite.merge.plan import Shard
 from mergekit_lite.merge.run import Progress
-from mergekit_lite.merge.stream import Job, run_jobs
 from mergekit_lite.merge.writer import ArtifactWriter, OutputFile, refuse_existing, refuse_inputs
 
 __all__ = ["FORMAT", "Made", "Options", "Prepared", "Request", "prepare_gguf", "run_gguf"]
-
-FORMAT = 1
-"""Raised whenever the same model begins to give other bytes; part of a fingerprint."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One file that is wanted.
-
-    Attributes:
-        scheme: Its types.
-        folder: Where the result goes.
-        stem: Name of the file, without ``.gguf``.
-    """
-
-    scheme: Scheme
-    folder: Path
-    stem: str
 
 
 @dataclass(frozen=True)
@@ -54,45 +31,14 @@ class Options:
         memory: Bytes for weights in memory.
         force: Whether an existing result is replaced.
         verify: Whether results are verified; None for models that are small enough.
+        engine: Where they are computed.
     """
 
     threads: int
     memory: int
     force: bool = False
     verify: bool | None = None
-
-
-@dataclass(frozen=True)
-class _Planned:
-    request: Request
-    kinds: Kinds
-    shards: Sequence[Shard]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All that is known before any weight is read.
-
-    Attributes:
-        model: What is quantized.
-        gguf: The same under GGUF's names.
-        files: What is planned for each request.
-    """
-
-    model: WholeModel
-    gguf: GgufModel
-    files: Sequence[_Planned]
-
-    @property
-    def notes(self) -> list[str]:
-        """Decisions that the user should know of."""
-        return [*self.model.notes, *self.gguf.notes]
-
-    @property
-    def input_bytes(self) -> int:
-        """Bytes of the tensors that are read."""
-        tensors = self.gguf.tensors
-        return sum(tensors.spec(name).nbytes for name in self.gguf.names)
+    engine: Engine = field(default_factory=LocalEngine)
 
 
 @dataclass(frozen=True)
@@ -105,6 +51,8 @@ class Made:
         bits: Per weight, all tensors together.
         types: Number of tensors by type.
         verification: How it was checked; None where it was not.
+        seconds: Wall time.
+        recomputed: Files that were computed again, since whoever computed them was lost.
     """
 
     folder: Path
@@ -113,25 +61,7 @@ class Made:
     types: Mapping[str, int]
     verification: Verification | None
     seconds: float
-
-
-def prepare_gguf(model: WholeModel, requests: Sequence[Request]) -> Prepared:
-    """Plan files of a model; reads headers and small files only.
-
-    Raises:
-        PackError: Whatever can be found wrong without reading weights.
-    """
-    if isinstance(model.checkpoint, GgufCheckpoint):
-        gguf = GgufModel.again(model.checkpoint)
-    else:
-        gguf = GgufModel.convert(model.checkpoint, model.files, about(model))
-    files = []
-    for request in requests:
-        scheme = request.scheme
-        if scheme.importance:
-            scheme = replace(scheme, importance=gguf.fitted(scheme.importance, "--imatrix"))
-        files.append(_Planned(replace(request, scheme=scheme), *gguf.lay_out(scheme, request.stem)))
-    return Prepared(model, gguf, files)
+    recomputed: int = 0
 
 
 def run_gguf(prepared: Prepared, options: Options, progress: Progress | None = None) -> list[Made]:
@@ -154,81 +84,36 @@ def run_gguf(prepared: Prepared, options: Options, progress: Progress | None = N
         for planned in prepared.files:
             refuse_existing(planned.request.folder, options.force)
             refuse_inputs(planned.request.folder, (source.path for source in model.sources))
+        work = GgufWork(prepared, options.verify)
         writers = []
-        for planned in prepared.files:
+        for planned, fingerprint in zip(prepared.files, work.fingerprints, strict=True):
             writer = ArtifactWriter(
-                planned.request.folder, planned.shards, _fingerprint(model, planned), options.force
+                planned.request.folder, planned.shards, fingerprint, options.force
             )
             stack.callback(writer.close)
             writers.append(writer)
-        try:
-            _stream(prepared, writers, options, progress)
-        except Interrupted:
-            raise Interrupted("stopped", "Run the same command to continue.") from None
-        return _publish(prepared, writers, options, progress, began)
-
-
-def _fingerprint(model: WholeModel, planned: _Planned) -> str:
-    parts = [f"gguf {FORMAT}", model.fingerprint()]
-    parts += [f"{name} {kind.name}" for name, kind in planned.kinds.items()]
-    parts += [f"{s.name} {hashlib.sha256(s.prefix).hexdigest()}" for s in planned.shards]
-    for name, importance in sorted(planned.request.scheme.importance.items()):
-        parts.append(f"{name} {hashlib.sha256(importance.tobytes()).hexdigest()}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _stream(
-    prepared: Prepared, writers: Sequence[ArtifactWriter], options: Options, progress: Progress
-) -> None:
-    targets = []
-    for planned, writer in zip(prepared.files, writers, strict=True):
-        if writer.discarded:
+        if any(writer.discarded for writer in writers):
             progress.note("the model or the types changed since the run that was stopped; "
                           "starting afresh")  # fmt: skip
-        names = frozenset(
-            name
-            for shard in planned.shards
-            if shard.name not in writer.done
-            for name in shard.header.entries
-        )
-        targets.append(Target(planned.kinds, writer, names, planned.request.scheme.importance))
-    if is_first_use():
-        progress.note("compiling kernels, once after installation: some seconds")
-    for line in prepared.notes:
-        progress.note(line)
-
-    def abort() -> None:
-        for writer in writers:
-            writer.abort()
-
-    def run(jobs: Iterator[Job]) -> None:
-        run_jobs(jobs, options.threads, options.memory, progress.advance, abort)
-
-    if any(target.names for target in targets):
-        prepared.model.observe(run, progress)
-        progress.begin("Quantize", prepared.input_bytes)
-        run(encode_jobs(prepared.gguf.tensors, targets))
+        for line in prepared.notes:
+            progress.note(line)
+        try:
+            computed = options.engine.compute(
+                work, writers, options.threads, options.memory, progress
+            )
+        except Interrupted:
+            raise Interrupted("stopped", "Run the same command to continue.") from None
+        return _publish(prepared, writers, computed, began)
 
 
 def _publish(
     prepared: Prepared,
     writers: Sequence[ArtifactWriter],
-    options: Options,
-    progress: Progress,
+    computed: Computed,
     began: float,
 ) -> list[Made]:
-    progress.begin("Check inputs", 0)
-    weights = prepared.model.input_files()
     made = []
-    verifications = verify(
-        prepared.model,
-        prepared.gguf,
-        [writer.partial / planned.shards[0].name
-         for planned, writer in zip(prepared.files, writers, strict=True)],
-        [planned.kinds for planned in prepared.files],
-        options.verify,
-        progress,
-    )  # fmt: skip
+    verifications: Sequence[Verification | None] = computed.checked or [None] * len(writers)
     for planned, writer, checked in zip(prepared.files, writers, verifications, strict=True):
         request = planned.request
         counts: dict[str, int] = {}
@@ -246,12 +131,14 @@ def _publish(
             "verification": None if checked is None else checked.describe(),
         }
         outputs = writer.outputs({})
-        lock = lock_file("quantize", fields, list(prepared.model.sources), weights, outputs)
+        lock = lock_file(
+            "quantize", fields, list(prepared.model.sources), computed.weights, outputs
+        )
         published = writer.publish({LOCK_NAME: lock})
         made.append(
             Made(
                 request.folder, published, _bits(prepared, planned), dict(sorted(counts.items())),
-                checked, time.monotonic() - began,
+                checked, time.monotonic() - began, computed.recomputed,
             )
         )  # fmt: skip
     return made
@@ -271,7 +158,7 @@ def _options(scheme: Scheme) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if value}
 
 
-def _bits(prepared: Prepared, planned: _Planned) -> float:
+def _bits(prepared: Prepared, planned: Planned) -> float:
     """Bits per weight of all tensors of a file."""
     elements = sum(prepared.gguf.tensors.spec(name).elements for name in planned.kinds)
     stored = sum(

@@ -33,7 +33,8 @@ from mergekit_lite.merge.config import index_file, to_json
 from mergekit_lite.merge.lock import LOCK_NAME, lock_file
 from mergekit_lite.merge.model import WholeModel
 from mergekit_lite.merge.plan import Shard, lay_out
-from mergekit_lite.merge.run import DEFAULT_SHARD, Progress
+from mergekit_lite.merge.prepare import DEFAULT_SHARD
+from mergekit_lite.merge.run import Progress
 from mergekit_lite.merge.writer import ArtifactWriter, OutputFile, refuse_existing, refuse_inputs
 
 __all__ = ["FORMAT", "MadeLinears", "Request", "run_linears"]

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_lite.cli.hub import planned
-from mergekit_lite.cli.options import ACCEPT, CACHE, PROFILE, REASON, SIZE, accepted_licences
+from mergekit_lite.cli.options import (
+    ACCEPT,
+    CACHE,
+    PROFILE,
+    REASON,
+    SIZE,
+    accepted_licences,
+    engine_options,
+    make_engine,
+)
 from mergekit_lite.text import plain
 
 if TYPE_CHECKING:
@@ -37,6 +46,7 @@ __all__ = ["command"]
 @click.option(
     "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all cores]"
 )
+@engine_options
 @click.option("--rehash", is_flag=True, help="Hash inputs again that were hashed before.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary for programs.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -50,6 +60,8 @@ def command(
     force: bool,
     memory: int,
     threads: int | None,
+    engine_name: str,
+    address: str | None,
     rehash: bool,
     as_json: bool,
     quiet: bool,
@@ -70,8 +82,11 @@ def command(
     afterwards = Afterwards(key, None if repo is None else _plan(recipe, repo))
     KNOWN.enabled = not rehash
     check_memory(memory)
-    options = Options(threads or default_threads(), memory, force=force)
-    with make_progress(quiet or as_json) as progress:
+    with (
+        make_engine(engine_name, address, threads) as engine,
+        make_progress(quiet or as_json) as progress,
+    ):
+        options = Options(threads or default_threads(), memory, force=force, engine=engine)
         built = build(recipe, Path("dist"), options, progress, asked, afterwards)
     if as_json:
         steps = [

@@ -14,7 +14,9 @@ from mergekit_lite.cli.options import (
     OUTPUT_ANYWHERE,
     SIZE,
     complete_merge,
+    engine_options,
     human_bytes,
+    make_engine,
     split_method,
 )
 from mergekit_lite.cli.ranks import rank_table
@@ -58,6 +60,7 @@ __all__ = ["command"]
     help="Most bytes of an output file; a stopped run continues at the next file.",
 )  # fmt: skip
 @CACHE
+@engine_options
 @click.option("--rehash", is_flag=True, help="Hash inputs again that were hashed before.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary for programs.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -71,6 +74,8 @@ def command(
     memory: int,
     threads: int | None,
     shard_size: int,
+    engine_name: str,
+    address: str | None,
     rehash: bool,
     as_json: bool,
     quiet: bool,
@@ -105,6 +110,11 @@ def command(
     if recipe.output == "adapters":
         raise click.UsageError(f"the recipe asks for a bundle; run: pack adapters {words[-1]}")
     if recipe.output == "adapter":
+        if engine_name != "local":
+            raise click.UsageError(
+                f"--engine {engine_name} spreads models over their output files; an adapter is "
+                "one file, and made here"
+            )
         recipe = _with_target(recipe, rank, energy)
         if output is not None and not isinstance(output, Path):
             raise click.UsageError(f"an adapter is written to a folder, not to {output}: -o DIR")
@@ -113,9 +123,13 @@ def command(
     if rank is not None or energy is not None:
         raise click.UsageError("--rank and --energy go with a recipe of 'output: adapter'")
     place = _place(output or Path("dist") / str(recipe.name) / "merged", force)
-    options = Options(threads or default_threads(), memory, max(1, shard_size), force)
-    with make_progress(quiet or as_json) as progress:
-        prepared = prepare(recipe, home, options.shard_bytes)
+    shard_bytes = max(1, shard_size)
+    with (
+        make_engine(engine_name, address, threads) as engine,
+        make_progress(quiet or as_json) as progress,
+    ):
+        options = Options(threads or default_threads(), memory, shard_bytes, force, engine)
+        prepared = prepare(recipe, home, shard_bytes)
         result = run_merge(prepared, place, options, progress)
     size = sum(o.size for o in result.outputs)
     if as_json:
@@ -128,6 +142,7 @@ def command(
                     "bytes": size,
                     "notes": prepared.notes,
                     "nonfinite": dict(result.nonfinite),
+                    "recomputed": result.recomputed,
                     "outputs": [
                         {"path": o.path, "bytes": o.size, "sha256": o.sha256}
                         for o in result.outputs

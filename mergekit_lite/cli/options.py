@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
+    from mergekit_lite.engines.protocol import Engine
     from mergekit_lite.merge.address import Address
 
 __all__ = [
     "ACCEPT", "CACHE", "OUTPUT", "OUTPUT_ANYWHERE", "PROFILE", "REASON", "SIZE", "TEXT", "Output",
-    "RecipePath", "Size", "TextSource", "accepted_licences", "complete_merge", "human_bytes",
+    "RecipePath", "Size", "TextSource", "accepted_licences", "complete_merge", "engine_options",
+    "human_bytes", "make_engine",
     "split_method",
 ]  # fmt: skip
 
@@ -129,6 +132,41 @@ REASON = click.option(
     "--reason", "reasons", multiple=True, metavar="TEXT",
     help="Why, for each --accept-license; it is written into lock and card.",
 )  # fmt: skip
+
+
+_ENGINE = click.option(
+    "--engine", "engine_name", type=click.Choice(["local", "ray"]), default="local",
+    show_default=True,
+    help="Where it is computed: this process, or a Ray cluster, a task per output file.",
+)  # fmt: skip
+_ADDRESS = click.option(
+    "--address", metavar="ADDRESS",
+    help="With --engine ray: the cluster's, or auto for that of this machine.  [default: "
+    "RAY_ADDRESS, or one that is started for the run]",
+)  # fmt: skip
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --engine and --address to a command; `make_engine` takes them."""
+    return _ENGINE(_ADDRESS(command))
+
+
+def make_engine(name: str, address: str | None, threads: int | None) -> Engine:
+    """The engine of a command, to be entered as a context.
+
+    Raises:
+        click.UsageError: An address is given to an engine that has none.
+        PackError: What the engine needs is not installed.
+    """
+    if name == "ray":
+        from mergekit_lite.engines.ray import RayEngine
+
+        return RayEngine(address, threads)
+    if address is not None:
+        raise click.UsageError("--address goes with --engine ray")
+    from mergekit_lite.engines.local import LocalEngine
+
+    return LocalEngine()
 
 
 def accepted_licences(accept: tuple[str, ...], reasons: tuple[str, ...]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 from exporters.onnx.schemes import BLOCKS, ROUTES
 from exporters.onnx.schemes import SCHEMES as ONNX_SCHEMES
 from exporters.schemes import FORMATS, ORDERS, TARGETS
-from mergekit_lite.cli.options import CACHE, OUTPUT, SIZE, TEXT
+from mergekit_lite.cli.options import CACHE, OUTPUT, SIZE, TEXT, engine_options, make_engine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -135,6 +135,7 @@ class _Target(click.Tuple):
 @click.option(
     "--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all cores]"
 )
+@engine_options
 @click.option("--rehash", is_flag=True, help="Hash inputs again that were hashed before.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary for programs.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -169,6 +170,8 @@ def command(
     force: bool,
     memory: int,
     threads: int | None,
+    engine_name: str,
+    address: str | None,
     rehash: bool,
     as_json: bool,
     quiet: bool,
@@ -210,6 +213,12 @@ def command(
         model, once, output, name, force, threads or default_threads(), device, calibration,
         context, windows, seed, quiet or as_json,
     )  # fmt: skip
+    if engine_name != "local" and (job.others or job.onnxes):
+        made = ", ".join(dict.fromkeys(target for target, _ in once if target != "gguf"))
+        raise click.UsageError(
+            f"--engine {engine_name} spreads GGUF files over a cluster; {made} runs the model in "
+            "one process, so leave it out there"
+        )
     of_gguf = {
         "--imatrix": imatrix, "--tensor-type": patterns, "--output-type": output_type,
         "--embedding-type": embedding_type, "--pure": pure, "--split-max-size": split_max_size,
@@ -250,7 +259,8 @@ def command(
         })  # fmt: skip
     job.make_linears(form, not no_calibration, nearest, act_order, damping, dtype)
     job.make_onnxes(int(block), not asymmetric, route, dtype, linked, verify is not False)
-    job.make_ggufs(imatrix, overrides, split_max_size, memory, verify)
+    with make_engine(engine_name, address, threads) as engine:
+        job.make_ggufs(imatrix, overrides, split_max_size, memory, verify, engine)
     if as_json:
         click.echo(json.dumps(job.described))
     elif not quiet:

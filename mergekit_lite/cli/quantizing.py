@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from exporters.onnx.schemes import Route
     from exporters.schemes import Order
     from mergekit_lite.dtypes import Array
+    from mergekit_lite.engines.protocol import Engine
 
 __all__ = ["Quantizing"]
 
@@ -216,6 +217,7 @@ class Quantizing:
         split_bytes: int | None,
         memory: int,
         verify: bool | None,
+        engine: Engine,
     ) -> None:
         """Make GGUF files; the weights are read once for all of them."""
         if not self.ggufs:
@@ -238,7 +240,7 @@ class Quantizing:
                 )
                 for mixture in mixtures
             ]
-            options = Options(self.threads, memory, self.force, verify)
+            options = Options(self.threads, memory, self.force, verify, engine)
             with make_progress(self.quiet) as progress:
                 for made in run_gguf(prepare_gguf(whole, requests), options, progress):
                     self._add_gguf(made)
@@ -319,6 +321,7 @@ class Quantizing:
             "seconds": round(made.seconds, 3),
             "bits_per_weight": round(made.bits, 3),
             "types": dict(made.types),
+            "recomputed": made.recomputed,
             "verification": None if made.verification is None else made.verification.describe(),
             "outputs": _outputs(made),
         })  # fmt: skip

@@ -26,7 +26,15 @@ from mergekit_lite.methods import METHODS
 from mergekit_lite.recipe import Recipe
 from mergekit_lite.tokenizer.vocabulary import TOKENIZER_FILES
 
-__all__ = ["LOCK_NAME", "lock_file", "lock_inputs", "make_lock", "resolved_recipe", "stated_recipe"]
+__all__ = [
+    "LOCK_NAME",
+    "environment",
+    "lock_file",
+    "lock_inputs",
+    "make_lock",
+    "resolved_recipe",
+    "stated_recipe",
+]
 
 LOCK_NAME = "pack.lock"
 _VERSION = 1
@@ -94,7 +102,7 @@ def lock_file(
             "lock_version": _VERSION,
             "kind": kind,
             "tool": {"name": "pack-models", "version": mergekit_lite.__version__},
-            "environment": _environment(),
+            "environment": environment(),
             **fields,
             "inputs": lock_inputs(sources, weights),
             "outputs": [
@@ -115,7 +123,8 @@ def lock_inputs(
     ]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Versions of what computes the bytes of a result."""
     import llvmlite
     import numba
 

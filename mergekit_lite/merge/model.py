@@ -48,6 +48,7 @@ class WholeModel:
         notes: What the user should know of it.
         recipe: What it is a merge by; None where it is none.
         prepared: The merge that has not run; None where there is none.
+        home: Folder that the reference starts from.
     """
 
     reference: str
@@ -58,6 +59,7 @@ class WholeModel:
     notes: Sequence[str]
     recipe: Recipe | None = None
     prepared: Prepared | None = None
+    home: Path = Path()
 
     def observe(self, run: Callable[[Iterator[Job]], None], progress: Progress) -> None:
         """Show a merge whose statistic spans the model all tensors; once, before the first read."""
@@ -115,7 +117,7 @@ def open_whole(reference: str | None, home: Path = Path()) -> WholeModel:
         reference, home = last.name, home / last.parent  # a name that is the same in any folder
     path = home / reference
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        return _merge(reference, path)
+        return _merge(reference, home)
     if is_adapter(reference, home):
         base = load_json(path / "adapter_config.json").get("base_model_name_or_path") or "BASE"
         raise PackError(
@@ -129,11 +131,13 @@ def open_whole(reference: str | None, home: Path = Path()) -> WholeModel:
         source.checkpoint.close()
         raise
     return WholeModel(
-        reference, _name_of(reference, home), source.checkpoint, files, source.sources, source.notes
-    )
+        reference, _name_of(reference, home), source.checkpoint, files, source.sources,
+        source.notes, home=home,
+    )  # fmt: skip
 
 
-def _merge(reference: str, path: Path) -> WholeModel:
+def _merge(reference: str, home: Path) -> WholeModel:
+    path = home / reference
     recipe = read_recipe(path, METHODS, ALIASES)
     if recipe.output != "model":
         command = "merge" if recipe.output == "adapter" else "adapters"
@@ -147,7 +151,7 @@ def _merge(reference: str, path: Path) -> WholeModel:
     sources = list(prepared.inputs.sources.values())
     return WholeModel(
         reference, str(recipe.name), checkpoint, prepared.files, sources, prepared.notes, recipe,
-        prepared,
+        prepared, home,
     )  # fmt: skip
 
 

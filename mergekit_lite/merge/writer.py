@@ -28,7 +28,9 @@ from mergekit_lite.merge.destination import Upload
 from mergekit_lite.merge.plan import Shard
 from mergekit_lite.merge.segments import SegmentedFile
 
-__all__ = ["ArtifactWriter", "OutputFile", "explained", "partial_of", "write_durably"]
+__all__ = [
+    "ArtifactWriter", "OutputFile", "ShardFile", "explained", "partial_of", "write_durably",
+]  # fmt: skip
 
 _PASSING = 5
 """Shards that may be on the disk at a time while they are uploaded."""
@@ -42,6 +44,11 @@ def partial_of(final: Path) -> Path:
 def journal_of(final: Path) -> Path:
     """The hidden file that notes which shards are finished."""
     return final.parent / f".{final.name}.journal"
+
+
+def attempts_of(final: Path) -> Path:
+    """The hidden folder in which other processes write shards of a result."""
+    return final.parent / f".{final.name}.attempts"
 
 
 @contextlib.contextmanager
@@ -83,22 +90,40 @@ class OutputFile:
         self.sha256 = sha256
 
 
-class _OpenShard:
-    """A shard that is being written."""
+class ShardFile:
+    """A shard that is being written, under a name of its own.
 
-    def __init__(self, folder: Path, shard: Shard) -> None:
+    Attributes:
+        shard: What it is.
+        path: Where it is written.
+        left: Tensors that are not finished.
+        nonfinite: Number of NaN and infinite elements, by tensor that has some.
+    """
+
+    def __init__(self, shard: Shard, path: Path) -> None:
         self.shard = shard
-        self.path = folder / f"{shard.name}.part"
+        self.path = path
         self.path.parent.mkdir(exist_ok=True)
         self.left = len(shard.header.entries)
         self.nonfinite: dict[str, int] = {}
         self.file = SegmentedFile(self.path, shard.size)
         self.file.write(0, np.frombuffer(shard.prefix, np.uint8))
 
-    def finish(self) -> str:
+    def write(self, name: str, offset: int, data: Array) -> None:
+        """Write some elements of a tensor, ``offset`` bytes from its start; from any thread."""
+        start = self.shard.header.entries[name].start + offset
+        self.file.write(start, data.reshape(-1).view(np.uint8))
+
+    def tensor_done(self, name: str, nonfinite: int) -> None:
+        """All of a tensor is written; one call at a time."""
+        self.left -= 1
+        if nonfinite:
+            self.nonfinite[name] = nonfinite
+
+    def finish(self, final: Path) -> str:
         """Flush, close, rename; returns the digest."""
         sha256 = self.file.finish()
-        self.path.rename(self.path.with_suffix(""))
+        self.path.rename(final)
         return sha256
 
 
@@ -134,7 +159,7 @@ class ArtifactWriter:
         self._shards = {name: shard for shard in shards for name in shard.header.entries}
         self._all = shards
         self._fingerprint = fingerprint
-        self._open: dict[str, _OpenShard] = {}
+        self._open: dict[str, ShardFile] = {}
         self._links: dict[str, OutputFile] = {}
         self._lock = threading.Lock()
         self._flush_failure: OSError | None = None
@@ -176,6 +201,7 @@ class ArtifactWriter:
             journal = json.loads(self._journal.read_text("utf-8"))
         same = isinstance(journal, dict) and journal.get("fingerprint") == self._fingerprint
         self.discarded = bool(journal) and not same
+        shutil.rmtree(attempts_of(self.final), ignore_errors=True)
         done = self.done = dict(journal.get("shards", {})) if same else {}
         if self._upload is not None:
             state = journal.get("upload", {}) if isinstance(journal, dict) else {}
@@ -211,9 +237,8 @@ class ArtifactWriter:
             with self._lock:
                 held = self._open.get(shard.name)
                 if held is None:
-                    held = self._open[shard.name] = _OpenShard(self.partial, shard)
-            start = shard.header.entries[name].start + offset
-            held.file.write(start, data.reshape(-1).view(np.uint8))
+                    held = self._begin(shard)
+            held.write(name, offset, data)
 
     def link(self, name: str, source: Path, sha256: str) -> None:
         """Make a file that is there already one of the result, without a copy.
@@ -252,25 +277,78 @@ class ArtifactWriter:
             with self._lock:
                 held = self._open.get(shard.name)
                 if held is None:
-                    held = self._open[shard.name] = _OpenShard(self.partial, shard)
-                held.left -= 1
-                if nonfinite:
-                    held.nonfinite[name] = nonfinite
+                    held = self._begin(shard)
+                held.tensor_done(name, nonfinite)
                 if held.left:
                     return
-            sha256 = held.finish()
+            sha256 = held.finish(self.partial / shard.name)
             with self._lock:
                 del self._open[shard.name]
-                self.done[shard.name] = {
-                    "sha256": sha256, "bytes": shard.size, "nonfinite": held.nonfinite,
-                }  # fmt: skip
-                self._write_journal()
+                self._note(shard, sha256, held.nonfinite)
             if self._upload is not None:
                 self._upload.add(shard.name, self.done[shard.name], self.partial)
 
     def _save_journal(self) -> None:
         with self._lock:
             self._write_journal()
+
+    def _begin(self, shard: Shard) -> ShardFile:
+        held = self._open[shard.name] = ShardFile(shard, self.partial / f"{shard.name}.part")
+        return held
+
+    def _note(self, shard: Shard, sha256: str, nonfinite: Mapping[str, int]) -> None:
+        self.done[shard.name] = {
+            "sha256": sha256, "bytes": shard.size, "nonfinite": dict(nonfinite),
+        }  # fmt: skip
+        self._write_journal()
+
+    def missing(self) -> list[Shard]:
+        """The shards that are not finished."""
+        return [shard for shard in self._all if shard.name not in self.done]
+
+    def missing_tensors(self) -> Iterator[str]:
+        """Names of their tensors."""
+        return (name for shard in self.missing() for name in shard.header.entries)
+
+    def begin_attempts(self, run: str) -> Path:
+        """Make the folder in which others write shards before they rename them into the result.
+
+        It lies on the same disk. Who works for a run that is dead finds it gone when the next one
+        begins, and can put nothing into the result any more.
+
+        Args:
+            run: A name that no other run has.
+        """
+        folder = attempts_of(self.final) / run
+        with explained(self.final):
+            folder.mkdir(parents=True)
+        return folder
+
+    def take(self, name: str, sha256: str, nonfinite: Mapping[str, int]) -> None:
+        """Keep a shard that somebody else has finished and put in its place.
+
+        Args:
+            name: Of the shard.
+            sha256: Of its content.
+            nonfinite: Number of NaN and infinite elements, by tensor that has some.
+
+        Raises:
+            PackError: It is not there, or not of its size.
+        """
+        shard = next(shard for shard in self._all if shard.name == name)
+        path = self.partial / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.size:
+            found = "is not there" if size is None else f"has {size} bytes"
+            raise PackError(
+                f"{path}: {found}, but was written with {shard.size} bytes by another process",
+                "Choose a folder that all nodes share: -o DIR",
+            )
+        with explained(self.partial):
+            with self._lock:
+                self._note(shard, sha256, nonfinite)
+            if self._upload is not None:
+                self._upload.add(name, self.done[name], self.partial)
 
     def _write_journal(self) -> None:
         journal: dict[str, Any] = {"fingerprint": self._fingerprint, "shards": self.done}
@@ -326,6 +404,7 @@ class ArtifactWriter:
         for held in self._open.values():
             held.file.close()
         if self._lock_fd >= 0:
+            shutil.rmtree(attempts_of(self.final), ignore_errors=True)
             self._lock_path.unlink(missing_ok=True)
             os.close(self._lock_fd)
             self._lock_fd = -1

@@ -185,24 +185,33 @@ class DeltaNorms(Statistic):
 
     def __init__(self, tensor: TensorContext, cutoffs: Array) -> None:
         self._cutoffs = cutoffs
-        blocks = max(1, -(-tensor.elements // tensor.block))
-        self._partial = np.zeros((tensor.models, blocks, 2), np.float64)
+        self._partial: dict[bytes, Array] = {}
         self.ratio = np.ones(tensor.models)
 
     def gather(self, chunk: Chunk, thresholds: Array) -> None:
         """Sum over one chunk."""
-        block = chunk.tensor.block
+        tensor, block = chunk.tensor, chunk.tensor.block
         at = chunk.first // block
-        out = self._partial[:, at : at - (-chunk.origin.size // block)]
+        shape = (tensor.models, max(1, -(-tensor.elements // block)), 2)
+        # A tensor is told by its keys: of a statistic that spans the model there are many.
+        key = tensor.keys.tobytes()
+        sums = self._partial.get(key)
+        if sums is None:  # another thread may be first, and all write into its array
+            sums = self._partial.setdefault(key, np.zeros(shape))
+        out = sums[:, at : at - (-chunk.origin.size // block)]
         reduce.delta_magnitudes(
             chunk.models, chunk.origin, thresholds, self._cutoffs, chunk.tensor.keys, chunk.first,
             block, out, chunk.scratch.floats, chunk.scratch.words,
         )  # fmt: skip
 
     def finish(self) -> None:
-        """Add the blocks."""
+        """Add the blocks of all tensors, in an order of their own."""
+        if not self._partial:
+            return
+        blocks = np.concatenate([self._partial[key] for key in sorted(self._partial)], axis=1)
+        self._partial.clear()
         for i in range(len(self.ratio)):
-            every, kept = reduce.in_order(self._partial[i])
+            every, kept = reduce.in_order(np.ascontiguousarray(blocks[i]))
             self.ratio[i] = every / kept if kept > 0 else 1.0
 
 

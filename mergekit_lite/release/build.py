@@ -13,6 +13,7 @@ from exporters.gguf.evaluate import require_runner
 from exporters.gguf.export import Scheme
 from exporters.gguf.mixtures import find_mixture
 from exporters.gguf.run import Request
+from mergekit_lite.engines.local import LocalEngine
 from mergekit_lite.errors import PackError
 from mergekit_lite.evaluate.forward import require_torch
 from mergekit_lite.merge.config import to_json
@@ -98,6 +99,8 @@ def build(
     recipe = read_recipe(path, METHODS, ALIASES)
     asked, afterwards = asked or Asked(), afterwards or Afterwards()
     _check(path, recipe, afterwards)
+    if not isinstance(options.engine, LocalEngine):
+        _check_spread(path, recipe)
     entries = list(recipe.quantize or [])
     schemes = [find_mixture(entry.scheme) for entry in entries if entry.to == "gguf"]
     others = [entry for entry in entries if entry.to != "gguf"]
@@ -174,6 +177,26 @@ def _check(path: Path, recipe: Recipe, afterwards: Afterwards) -> None:
         )
     if afterwards.key is not None:
         key_file(afterwards.key)
+
+
+def _check_spread(path: Path, recipe: Recipe) -> None:
+    """Refuse what only one process can make, where a cluster was asked for.
+
+    Raises:
+        PackError: The recipe asks for it.
+    """
+    if recipe.output != "model":
+        raise PackError(
+            f"{path}: gives {recipe.output}, which one process makes",
+            "Leave --engine out; models and GGUF files are spread over a cluster.",
+        )
+    others = sorted({entry.to for entry in recipe.quantize or [] if entry.to != "gguf"})
+    if others:
+        raise PackError(
+            f"{path}: asks for {', '.join(others)}, which one process makes",
+            "Leave --engine out, or those formats; models and GGUF files are spread over a "
+            "cluster.",
+        )
 
 
 def _check_version(recipe: Recipe, dist: Path) -> None:

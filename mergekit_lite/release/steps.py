@@ -240,7 +240,9 @@ def quantize_steps(model: Path, requests: Sequence[Request], place: Place) -> li
             force = place.options.force or any(
                 (request.folder / LOCK_NAME).is_file() for request in missing
             )
-            run = GgufOptions(place.options.threads, place.options.memory, force)
+            run = GgufOptions(
+                place.options.threads, place.options.memory, force, engine=place.options.engine
+            )
             run_gguf(prepare_gguf(whole, missing), run, place.progress)
     finally:
         whole.close()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,17 +83,42 @@ def test_the_order_of_models_changes_nothing(
     assert all(found == seen[0] for found in seen)
 
 
-def test_global_trim_is_deterministic_too(pack: Callable, tmp_path: Path, models: Path) -> None:
+@pytest.mark.parametrize("rescale", [False, True])
+def test_global_trim_is_deterministic_too(
+    pack: Callable, tmp_path: Path, models: Path, rescale: bool
+) -> None:
     seen = []
     for number, threads in enumerate((1, 2)):
         recipe = write_recipe(
             tmp_path / "r.yaml", "ties", {f"{models}/{n}": {"density": 0.3} for n in "abc"},
-            base_model=f"{models}/base", parameters={"trim": "global"}, dtype="bfloat16",
+            base_model=f"{models}/base", parameters={"trim": "global", "rescale": rescale},
+            dtype="bfloat16",
         )  # fmt: skip
         out = tmp_path / str(number)
         assert pack("merge", recipe, "-o", out, "-q", "--threads", threads).code == 0
         seen.append(digests(out))
     assert seen[0] == seen[1]
+
+
+def test_global_rescaling_is_by_the_norms_of_the_whole_model(
+    pack: Callable, tmp_path: Path
+) -> None:
+    from tests.conftest import load
+
+    folder = random_models(tmp_path, names="a")
+    recipe = write_recipe(
+        folder / "r.yaml", "ties", {"a": {"density": 0.3}}, base_model="base",
+        parameters={"trim": "global", "rescale": True},
+    )  # fmt: skip
+    assert pack("merge", recipe, "-o", tmp_path / "out", "-q").code == 0
+    base, tuned, merged = (load(folder / name) for name in ("base", "a", "out"))
+    deltas = {n: (tuned[n] - base[n]).astype("float64") for n in base}
+    sizes = np.sort(np.abs(np.concatenate([d.ravel() for d in deltas.values()])))
+    least = sizes[-int(0.3 * sizes.size)]
+    factor = sizes.sum() / sizes[sizes >= least].sum()
+    for name, delta in deltas.items():
+        expected = base[name] + np.where(np.abs(delta) >= least, factor * delta, 0)
+        np.testing.assert_allclose(merged[name], expected, rtol=0, atol=1e-7)
 
 
 def test_one_seed_one_mask(pack: Callable, tmp_path: Path, models: Path) -> None:

@@ -1,0 +1,1 @@
+"""Where a result is computed: in this process, or by tasks on a cluster."""
