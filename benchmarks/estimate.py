@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,8 +21,16 @@ from benchmarks.paths import WORK
 from benchmarks.recipes import JOBS, Job
 from benchmarks.report import table
 from benchmarks.shapes import LlamaShape, make_family
+from mergekit_lite.merge.calibrate import known_rates, stored_of
+from mergekit_lite.merge.estimate import budget_of, estimate_local, kinds_of, load_of
+from mergekit_lite.merge.run import DEFAULT_MEMORY, prepare
+from mergekit_lite.merge.writer import journal_of
+from mergekit_lite.methods import ALIASES, METHODS
+from mergekit_lite.recipe import read_recipe
 
 WITHIN = 0.25
+SMALL_FILE = 60 * 10**6
+SMALL_FILES = ["--shard-size", str(SMALL_FILE)]
 SHAPES = {
     "BF16": LlamaShape(hidden=1024, layers=12, intermediate=2816, heads=16),
     "F32": LlamaShape(hidden=1024, layers=4, intermediate=2816, heads=16),
@@ -39,6 +48,7 @@ class Case:
         dtype: Of the models and of the result.
         threads: Of pack.
         rehash: Whether the digests of its inputs are not known.
+        resumed: Whether a run that was stopped about half way is continued.
     """
 
     name: str
@@ -46,6 +56,7 @@ class Case:
     dtype: str = "BF16"
     threads: int = 2
     rehash: bool = False
+    resumed: bool = False
 
 
 def _fewer(job: Job, models: int) -> Job:
@@ -62,6 +73,7 @@ CASES = [
     Case("ties, 4 models", JOBS["ties"], threads=1),
     Case("ties, 3 models, float32", _fewer(JOBS["ties"], 2), "F32"),
     Case("ties, 4 models, digests unknown", JOBS["ties"], rehash=True),
+    Case("ties, 4 models, resumed", JOBS["ties"], resumed=True),
     Case("dare_ties, 4 models", JOBS["dare_ties"]),
     Case("dare_ties, 3 models", _fewer(JOBS["dare_ties"], 2), threads=1),
 ]
@@ -126,11 +138,47 @@ def compare(case: Case, repeat: int) -> Compared:
                 found = _plan(recipe, "--measure", *threads)
                 estimated.append(float(str(found["seconds"])))
                 bottleneck = str(found["bottleneck"])
-            run = measure.run(merge, output, "estimate", peers.OFFLINE)
+            if case.resumed and number:
+                seconds, expected = _resume([*merge, *SMALL_FILES], output, recipe, case.threads)
+                estimated[-1] = expected
+            else:
+                seconds = measure.run(merge, output, "estimate", peers.OFFLINE).wall_s
             if number:  # the first one compiles, and learns digests
-                measured.append(run.wall_s)
+                measured.append(seconds)
     shutil.rmtree(output.parent)
     return Compared(case, estimated, measured, bottleneck, load)
+
+
+def _resume(merge: list[str], output: Path, recipe: Path, threads: int) -> tuple[float, float]:
+    """Stop a merge about half way, and continue it: seconds of the rest, measured and estimated."""
+    shutil.rmtree(output.parent, ignore_errors=True)
+    journal = journal_of(output)
+    with subprocess.Popen(merge, env=os.environ | peers.OFFLINE) as half:
+        while half.poll() is None and len(_finished(journal)) < 3:
+            time.sleep(0.01)
+        half.send_signal(signal.SIGINT)
+    done = _finished(journal)
+    prepared = prepare(read_recipe(recipe, METHODS, ALIASES), recipe.parent, SMALL_FILE)
+    try:
+        plan, inputs = prepared.plan, prepared.inputs
+        kinds = kinds_of(plan, inputs, budget_of(plan, DEFAULT_MEMORY, threads))
+        rates = known_rates(kinds, threads)
+        if rates is None or not 0 < len(done) < len(plan.shards):
+            raise SystemExit(f"could not stop {recipe.name} half way: {len(done)} files")
+        expected = estimate_local(load_of(kinds, rates, stored_of(inputs), done), threads)
+    finally:
+        prepared.inputs.close()
+    os.sync()
+    began = time.perf_counter()
+    subprocess.run(merge, check=True, env=os.environ | peers.OFFLINE)
+    return time.perf_counter() - began, expected.seconds
+
+
+def _finished(journal: Path) -> list[str]:
+    try:
+        return list(json.loads(journal.read_text())["shards"])
+    except (OSError, ValueError):
+        return []
 
 
 def _row(result: Compared) -> list[str]:

@@ -13,8 +13,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def trillion_shapes(layers: int = 60, experts: int = 384) -> Shapes:
-    """A mixture of experts of 1.03 trillion weights; hidden size 7168, experts of 2048."""
-    hidden, inner, heads, vocabulary = 7168, 2048, 8192, 163840
+    """A mixture of experts of 1.03 trillion weights, however many experts they are split into."""
+    hidden, inner, heads, vocabulary = 7168, 384 * 2048 // experts, 8192, 163840
     shapes: Shapes = {
         "lm_head.weight": (vocabulary, hidden),
         "model.embed_tokens.weight": (vocabulary, hidden),
