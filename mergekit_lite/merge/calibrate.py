@@ -1,15 +1,17 @@
 """What this machine does in a second, measured with the kernels and readers of a merge.
 
 Random models of the types and parameters of a recipe lie in memory as files do in the page cache.
-They are merged by the scheduler of a real run, on as many threads, without the digest and without
-the disk, which are measured by themselves. The rates are kept in the user's cache folder under
-pack's version, the processor, the threads and what was measured.
+They are merged by the scheduler of a real run on as many threads, into a file in memory that is
+written and hashed as files of a result are. Digests of inputs and the disk are measured by
+themselves. The rates are kept in the user's cache folder under pack's version, the processor, the
+threads and what was measured.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -23,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import numpy as np
@@ -41,6 +44,7 @@ from mergekit_lite.merge.checkpoint import MergeCheckpoint, MergeReader
 from mergekit_lite.merge.estimate import Kind, Kinds, Rates, Stored
 from mergekit_lite.merge.inputs import Inputs, Model
 from mergekit_lite.merge.plan import Plan, PlannedTensor
+from mergekit_lite.merge.segments import SegmentedFile
 from mergekit_lite.merge.stream import Job, run_jobs
 
 __all__ = ["calibrate", "known_rates", "stored_of"]
@@ -223,17 +227,24 @@ def _nameless() -> int:
 
 
 class _SampleJob(Job):
-    """Merges one tensor as a run does, and copies it where a run's writer would."""
+    """Merges one tensor as a run does."""
+
+    def __init__(self, reader: TensorReader, file: SegmentedFile | None, start: int) -> None:
+        super().__init__(reader)
+        self._file = file
+        self._start = start
 
     def finish(self, rows: Rows) -> None:
         spec = self.reader.spec
         count = rows.size * spec.columns
-        out = _buffer("out", count * spec.dtype.itemsize).view(spec.dtype.storage)
+        out = _buffer(count * spec.dtype.itemsize).view(spec.dtype.storage)
         self.reader.read(rows, out)
         if in_kernel(spec.dtype):
             work = np.float64 if spec.dtype.name == "F64" else np.float32
             count_nonfinite(out, np.empty((1, TILE), work))
-        _buffer("segment", out.nbytes)[:] = out.view(np.uint8)
+        if self._file is not None:
+            at = self._start + rows.start * spec.columns * spec.dtype.itemsize
+            self._file.write(at, out.view(np.uint8))
 
     def done(self) -> None:
         pass
@@ -243,7 +254,7 @@ class _SpanningJob(_SampleJob):
     """Shows one tensor to a statistic that spans the model."""
 
     def __init__(self, reader: MergeReader, index: int) -> None:
-        super().__init__(reader)
+        super().__init__(reader, None, 0)
         self._index = reader.inner_passes + index
         self._merged = reader
 
@@ -254,12 +265,11 @@ class _SpanningJob(_SampleJob):
 _LOCAL = threading.local()
 
 
-def _buffer(name: str, size: int) -> Array:
-    """This thread's own bytes of a name, grown where they are too few."""
-    held: Array | None = getattr(_LOCAL, name, None)
+def _buffer(size: int) -> Array:
+    """This thread's own bytes, grown where they are too few."""
+    held: Array | None = getattr(_LOCAL, "out", None)
     if held is None or held.size < size:
-        held = np.empty(size, np.uint8)
-        setattr(_LOCAL, name, held)
+        held = _LOCAL.out = np.empty(size, np.uint8)
     return held[:size]
 
 
@@ -330,7 +340,13 @@ class _Sample:
             _run(self._spanning(merged, names, index), threads, held)
             statistic.settle(index)
             index += 1
-        _run((_SampleJob(merged.open(name)) for name in names), threads, held)
+        starts = list(itertools.accumulate((t.spec.nbytes for t in tensors.values()), initial=0))
+        with _result(starts[-1]) as file:
+            jobs = (
+                _SampleJob(merged.open(n), file, at) for n, at in zip(names, starts, strict=False)
+            )
+            _run(jobs, threads, held)
+            file.finish()
         return time.perf_counter() - began
 
     @staticmethod
@@ -342,6 +358,19 @@ class _Sample:
 
     def close(self) -> None:
         self._inputs.close()
+
+
+@contextlib.contextmanager
+def _result(size: int) -> Iterator[SegmentedFile]:
+    """A file of a result, in memory where the system has a place for that."""
+    memory = Path("/dev/shm")  # noqa: S108
+    room = memory.is_dir() and os.access(memory, os.W_OK) and disk_usage(memory).free > 2 * size
+    with tempfile.TemporaryDirectory(prefix="pack-rate-", dir=memory if room else None) as name:
+        file = SegmentedFile(Path(name) / "sample", size)
+        try:
+            yield file
+        finally:
+            file.close()
 
 
 def _run(jobs: Iterator[Job], threads: int, memory: int) -> None:

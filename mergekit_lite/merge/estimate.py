@@ -3,10 +3,11 @@
 What a file of the result costs a core follows from its tensors::
 
     work(file) = Σ tensors (elements × rate(kind) + cost of a tensor)
-               + bytes written × hashing + bytes read whose digest is unknown × hashing
+               + bytes read whose digest is unknown × hashing
 
 A *kind* is all tensors that cost the same for each element: method, number of models, types,
-parameters up to their size. `merge.calibrate` measures its rate on this machine.
+parameters up to their size. `merge.calibrate` measures its rate on this machine, from reading the
+sources out of memory to the digest of what is written.
 
 One machine: its threads share every file, so compute is ``Σ work / threads``. Files are hashed from
 first to last, one after the other, which no number of threads makes faster: ``bytes written ×
@@ -89,7 +90,8 @@ class Rates:
     """What a core, and a machine, were measured to do.
 
     Attributes:
-        elements: Seconds of one core for each element of the result, by a kind's signature.
+        elements: Seconds of one core for each element of the result, its digest included, by a
+            kind's signature.
         tensor: Seconds of one core for each tensor, whatever its size.
         hashing: Seconds of one core for each byte hashed.
         start: Seconds from the start of a process until it merges, and from the last byte to its
@@ -400,7 +402,7 @@ def load_of(
         shards.append(
             ShardLoad(
                 name=shard.name,
-                work=work + (unknown + shard.size) * rates.hashing,
+                work=work + unknown * rates.hashing,
                 read=int(read * passes),
                 cold=int(cold),
                 unknown=int(unknown),

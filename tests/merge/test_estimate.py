@@ -192,7 +192,7 @@ def test_the_work_of_a_file_is_that_of_its_tensors(tmp_path: Path) -> None:
     assert sum(s.cold for s in reckoned.shards) == 3 * elements
     assert reckoned.chain == 2 * elements
     assert len(reckoned.shards) > 1
-    hashed = 3 * 2 * elements + found.plan.output_bytes
+    hashed = 3 * 2 * elements
     assert reckoned.work == pytest.approx(3.0 * elements + 0.5 * 6 + 0.25 * hashed)
     rest = load_of(kinds, rates, stored, done=[found.plan.shards[0].name])
     assert [s.name for s in rest.shards] == [s.name for s in found.plan.shards[1:]]
