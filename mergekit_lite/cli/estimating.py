@@ -120,6 +120,8 @@ def rates_as_data(rates: Rates) -> dict[str, Any]:
         "seconds_per_tensor": rates.tensor,
         "seconds_per_byte_hashed": rates.hashing,
         "start_seconds": rates.start,
+        "start_seconds_here": rates.waiting,
+        "share_of_a_core_here": rates.share,
         "disk_read_bytes_per_second": rates.reading,
         "disk_write_bytes_per_second": rates.writing,
     }

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -92,22 +92,26 @@ def calibrate(
         note: Told what is measured.
     """
     elements = {}
-    tensor = 0.0
+    tensor = share = 0.0
     for kind in _measured(kinds):
         note(f"measuring {kind.signature}")
         sample = _Sample(kinds, kind)
         try:
-            elements[kind.signature] = sample.element_seconds(threads, memory)
+            elements[kind.signature], got = sample.element_seconds(threads, memory)
+            share = share or got
             tensor = tensor or sample.tensor_seconds(threads, memory)
         finally:
             sample.close()
         _keep(_kind_key(kind, threads), {"elements": elements[kind.signature]})
     note("measuring digests, disk and start")
     writing, reading = _disk(folder)
+    start = _start(kinds.plan)
     machine = {
         "tensor": tensor,
         "hashing": _hashing(threads),
-        "start": _start(kinds.plan),
+        "start": start.busy,
+        "waiting": start.clock,
+        "share": share or 1.0,
         "reading": reading,
         "writing": writing,
     }
@@ -165,6 +169,37 @@ def _keep(key: str, rates: Mapping[str, float]) -> None:
         beside = path.with_name(f"{path.name}.{os.getpid()}")
         beside.write_text(json.dumps(rates), "ascii")
         beside.rename(path)
+
+
+class _Spent(NamedTuple):
+    """Seconds by the clock, and of processors."""
+
+    clock: float
+    busy: float
+
+
+class _Clock:
+    """Runs from when it is made."""
+
+    def __init__(self) -> None:
+        self._began = self._now()
+
+    @staticmethod
+    def _now() -> _Spent:
+        spent = os.times()
+        children = spent.children_user + spent.children_system
+        return _Spent(time.perf_counter(), time.process_time() + children)
+
+    def read(self) -> _Spent:
+        """What was spent since, programs included that this one started and that have ended."""
+        now = self._now()
+        return _Spent(now.clock - self._began.clock, max(1e-9, now.busy - self._began.busy))
+
+
+def _median(spent: Sequence[_Spent]) -> _Spent:
+    return _Spent(
+        statistics.median(s.clock for s in spent), statistics.median(s.busy for s in spent)
+    )
 
 
 # A merge of random models.
@@ -313,27 +348,28 @@ class _Sample:
             base=(example.base[0], name) if example.base else None,
         )
 
-    def element_seconds(self, threads: int, memory: int) -> float:
-        """Seconds of one core for each element, all passes included."""
+    def element_seconds(self, threads: int, memory: int) -> tuple[float, float]:
+        """Seconds of one core for each element, all passes included; part of a core got."""
         names = [name for name in self._shapes if name.startswith("large")]
         elements = sum(self._tensor(name).spec.elements for name in names)
-        return self._seconds(names, threads, memory) * threads / elements
+        spent = self._spent(names, threads, memory)
+        return spent.busy / elements, spent.busy / spent.clock / threads
 
     def tensor_seconds(self, threads: int, memory: int) -> float:
         """Seconds of one core for a tensor of few elements."""
         names = [name for name in self._shapes if name.startswith("small")]
-        return self._seconds(names, threads, memory) * threads / len(names)
+        return self._spent(names, threads, memory).busy / len(names)
 
-    def _seconds(self, names: Sequence[str], threads: int, memory: int) -> float:
-        """Median of some merges of these tensors; the first, which compiles, is left out."""
+    def _spent(self, names: Sequence[str], threads: int, memory: int) -> _Spent:
+        """Medians of some merges of these tensors; the first, which compiles, is left out."""
         self._merge(names[: 2 * threads], threads, memory)
-        return statistics.median(self._merge(names, threads, memory) for _ in range(_REPETITIONS))
+        return _median([self._merge(names, threads, memory) for _ in range(_REPETITIONS)])
 
-    def _merge(self, names: Sequence[str], threads: int, memory: int) -> float:
+    def _merge(self, names: Sequence[str], threads: int, memory: int) -> _Spent:
         tensors = {name: self._tensor(name) for name in names}
         merged = MergeCheckpoint(replace(self._plan, tensors=tensors, shards=()), self._inputs)
         held = memory if self._kind.kept else 0
-        began = time.perf_counter()
+        clock = _Clock()
         statistic = merged.spanning
         index = 0
         while statistic is not None and index < statistic.passes:
@@ -347,7 +383,7 @@ class _Sample:
             )
             _run(jobs, threads, held)
             file.finish()
-        return time.perf_counter() - began
+        return clock.read()
 
     @staticmethod
     def _spanning(merged: MergeCheckpoint, names: Sequence[str], index: int) -> Iterator[Job]:
@@ -413,16 +449,17 @@ def _hashing(threads: int) -> float:
             for start in range(0, data.size, _PIECE):
                 digest.update(data[start : start + _PIECE].data)
 
-    def measure() -> float:
+    def measure() -> _Spent:
         workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
-        began = time.perf_counter()
+        clock = _Clock()
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-        return (time.perf_counter() - began) / (4 * data.size)
+        return clock.read()
 
-    return statistics.median(measure() for _ in range(_REPETITIONS))
+    spent = _median([measure() for _ in range(_REPETITIONS)])
+    return spent.busy / (threads * 4 * data.size)
 
 
 def _disk(folder: Path) -> tuple[float, float]:
@@ -459,7 +496,7 @@ def _past_cache(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_CLOEXEC)
 
 
-def _start(plan: Plan) -> float:
+def _start(plan: Plan) -> _Spent:
     """Seconds of a merge of next to nothing by the same method, in a process of its own."""
     example = next((t for t in plan.tensors.values() if t.method == plan.method.name), None)
     models = len(example.models) if example is not None else 1
@@ -481,7 +518,7 @@ def _start(plan: Plan) -> float:
         for model in ["base", *(f"m{i}" for i in range(models))]:
             _tiny(folder / model)
         times = [_timed(folder, recipe) for _ in range(_REPETITIONS)]
-    return statistics.median(times)
+    return _median(times)
 
 
 def _tiny(folder: Path) -> None:
@@ -493,18 +530,18 @@ def _tiny(folder: Path) -> None:
     (folder / "config.json").write_text('{"num_hidden_layers": 1}')
 
 
-def _timed(folder: Path, recipe: Mapping[str, Any]) -> float:
+def _timed(folder: Path, recipe: Mapping[str, Any]) -> _Spent:
     file = folder / "recipe.yaml"
     file.write_text(json.dumps(recipe))
     command = [sys.executable, "-m", "mergekit_lite", "merge", str(file), "-q", "--force",
                "-o", str(folder / "out")]  # fmt: skip
-    began = time.perf_counter()
+    clock = _Clock()
     ran = subprocess.run(command, capture_output=True, check=False)  # noqa: S603
-    seconds = time.perf_counter() - began
+    spent = clock.read()
     if ran.returncode and recipe["merge_method"] != "linear":
         models = [{"model": name, "parameters": {"weight": 1.0}} for name in ("m0", "base")]
         return _timed(folder, {"merge_method": "linear", "models": models})
-    return seconds
+    return spent
 
 
 # What is known of the inputs without reading them.

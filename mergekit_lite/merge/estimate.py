@@ -7,9 +7,12 @@ What a file of the result costs a core follows from its tensors::
 
 A *kind* is all tensors that cost the same for each element: method, number of models, types,
 parameters up to their size. `merge.calibrate` measures its rate on this machine, from reading the
-sources out of memory to the digest of what is written.
+sources out of memory to the digest of what is written. Rates are seconds of processor time, so that
+they hold on machines that have nothing else to do; here, where a thread may get only a *share* of a
+core, its seconds are divided by that.
 
-One machine: its threads share every file, so compute is ``Σ work / threads``. Files are hashed from
+One machine: its threads share every file, so compute is
+``Σ work / threads / share``. Files are hashed from
 first to last, one after the other, which no number of threads makes faster: ``bytes written ×
 hashing``. Reading (what the page cache does not hold), computing, hashing and writing overlap::
 
@@ -94,8 +97,10 @@ class Rates:
             kind's signature.
         tensor: Seconds of one core for each tensor, whatever its size.
         hashing: Seconds of one core for each byte hashed.
-        start: Seconds from the start of a process until it merges, and from the last byte to its
-            end: interpreter, imports, compiled kernels, lock.
+        start: Seconds of one core from the start of a process until it merges, and from the last
+            byte to its end: interpreter, imports, compiled kernels, lock.
+        waiting: The same by the clock, here.
+        share: Part of a core that a thread got here, where other programs want some too.
         reading: Bytes a second from the disk.
         writing: Bytes a second to the disk.
         cores: Cores that were busy while it was measured.
@@ -108,6 +113,8 @@ class Rates:
     start: float
     reading: float
     writing: float
+    waiting: float = 0.0
+    share: float = 1.0
     cores: int = 1
     machine: str = ""
 
@@ -448,12 +455,14 @@ def estimate_local(
     reading, writing = read or rates.reading, write or rates.writing
     cold = sum(shard.cold for shard in load.shards)
     unknown = sum(shard.unknown for shard in load.shards)
-    compute = load.work / threads
-    chain = max(load.written, load.chain) * rates.hashing
+    compute = load.work / threads / rates.share
+    hashed = rates.hashing / min(1.0, rates.share)
+    chain = max(load.written, load.chain) * hashed
+    start = max(rates.start, rates.waiting)
     stages = [
-        _plain("compute", compute, _computing(load, threads)),
+        _plain("compute", compute, f"{_computing(load, threads)}{_shared(rates)}"),
         _plain("hash", chain, f"{_bytes(max(load.written, load.chain))} in their order at "
-               f"{_rate(1 / rates.hashing)}; {_bytes(unknown)} of inputs have no known digest"),
+               f"{_rate(1 / hashed)}; {_bytes(unknown)} of inputs have no known digest"),
         _plain("read", cold / reading,
                f"{_bytes(cold)} that memory does not hold at {_rate(reading)}"),
         _plain("write", load.written / writing, f"{_bytes(load.written)} at {_rate(writing)}"),
@@ -461,8 +470,8 @@ def estimate_local(
     stages.sort(key=lambda stage: -stage.seconds)
     flush = min(load.written, FLUSH_BYTES) / writing if load.shards else 0.0
     return Estimate(
-        seconds=rates.start + stages[0].seconds + flush,
-        start=rates.start,
+        seconds=start + stages[0].seconds + flush,
+        start=start,
         flush=flush,
         stages=stages,
         where=f"this machine, {threads} thread{'s' * (threads != 1)}",
@@ -547,6 +556,11 @@ def _plain(name: str, seconds: float, reason: str) -> Stage:
 def _computing(load: Load, cores: int) -> str:
     speed = load.read / load.work if load.work else 0.0
     return f"{_count(cores, 'core')} that take {_rate(speed)} of input each ({load.what})"
+
+
+def _shared(rates: Rates) -> str:
+    """What is said where other programs take a tenth or more of the cores."""
+    return f", of which a thread gets {rates.share:.0%}" if rates.share < 0.9 else ""
 
 
 def _notes(load: Load) -> Iterator[str]:

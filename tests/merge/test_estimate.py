@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.hollow import trillion_shapes, write_hollow
 from mergekit_lite.cli.estimating import RATE, estimate_lines
-from mergekit_lite.merge.calibrate import calibrate, known_rates, stored_of
+from mergekit_lite.merge.calibrate import _Spent, calibrate, known_rates, stored_of
 from mergekit_lite.merge.estimate import (
     FLUSH_BYTES,
     TASK_SECONDS,
@@ -72,6 +72,14 @@ def test_threads_share_all_files() -> None:
         found = estimate_local(load([30.0, 10.0]), threads)
         assert found.bottleneck == "compute"
         assert found.seconds == pytest.approx(1 + 40 / threads + flush)
+
+
+def test_here_a_thread_gets_a_share_of_a_core_and_on_a_cluster_all_of_it() -> None:
+    busy = replace(load([10.0]), rates=replace(RATES, share=0.5, waiting=3.0))
+    assert estimate_local(busy, 1).stages[0].seconds == pytest.approx(20.0)
+    assert estimate_local(busy, 1).start == 3.0
+    alone = estimate_cluster(busy, Cluster(1, 1, network=1e12))
+    assert alone.seconds == pytest.approx(1 + 10 + TASK_SECONDS)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +348,7 @@ def test_every_sort_of_method_is_measured(
     monkeypatch.setattr("mergekit_lite.merge.calibrate._SAMPLE_BYTES", 1 << 20)
     monkeypatch.setattr("mergekit_lite.merge.calibrate._TENSOR_ELEMENTS", 1 << 16)
     monkeypatch.setattr("mergekit_lite.merge.calibrate._DISK_BYTES", 1 << 23)
-    monkeypatch.setattr("mergekit_lite.merge.calibrate._start", lambda plan: 0.5)
+    monkeypatch.setattr("mergekit_lite.merge.calibrate._start", lambda plan: _Spent(0.5, 0.4))
     kinds = sorted_kinds(found)
     assert known_rates(kinds, 1) is None
     rates = calibrate(kinds, 10**8, 1, tmp_path)
