@@ -22,7 +22,7 @@ from benchmarks.recipes import JOBS, Job
 from benchmarks.report import table
 from benchmarks.shapes import LlamaShape, make_family
 from mergekit_lite.merge.calibrate import known_rates, stored_of
-from mergekit_lite.merge.estimate import budget_of, estimate_local, kinds_of, load_of
+from mergekit_lite.merge.estimate import Estimate, budget_of, estimate_local, kinds_of, load_of
 from mergekit_lite.merge.run import DEFAULT_MEMORY, prepare
 from mergekit_lite.merge.writer import journal_of
 from mergekit_lite.methods import ALIASES, METHODS
@@ -81,11 +81,16 @@ CASES = [
 
 @dataclass(frozen=True)
 class Compared:
-    """A case with its times, in seconds, and the load of the machine at its start."""
+    """A case with its times, in seconds, and the load of the machine at its start.
+
+    ``estimated`` and ``measured`` are by the clock, the other two of processors.
+    """
 
     case: Case
     estimated: list[float]
     measured: list[float]
+    estimated_work: list[float]
+    measured_work: list[float]
     bottleneck: str
     load: float
 
@@ -95,9 +100,18 @@ class Compared:
         return statistics.median(self.estimated) / statistics.median(self.measured)
 
     @property
+    def work_ratio(self) -> float:
+        """The same of processor time."""
+        return statistics.median(self.estimated_work) / statistics.median(self.measured_work)
+
+    @property
     def holds(self) -> bool:
-        """Whether the estimate is within the promised share of the measurement."""
-        return abs(self.ratio - 1) <= WITHIN
+        """Whether the estimate is within the promised share of the measurement.
+
+        Where others keep the cores busy the clock measures them, so processor time is judged.
+        """
+        crowded = self.load > len(os.sched_getaffinity(0))
+        return abs((self.work_ratio if crowded else self.ratio) - 1) <= WITHIN
 
 
 def _pack() -> list[str]:
@@ -128,6 +142,7 @@ def compare(case: Case, repeat: int) -> Compared:
     threads = ["--threads", str(case.threads)]
     merge = [*_pack(), "merge", str(recipe), "-q", "-o", str(output), *threads]
     estimated, measured, bottleneck = [], [], ""
+    estimated_work, measured_work = [], []
     load = os.getloadavg()[0]
     with measure.kept_warm([family[name] for name in case.job.inputs()]):
         for number in range(repeat + 1):
@@ -137,23 +152,32 @@ def compare(case: Case, repeat: int) -> Compared:
             if number:
                 found = _plan(recipe, "--measure", *threads)
                 estimated.append(float(str(found["seconds"])))
+                estimated_work.append(float(str(found["work"])))
                 bottleneck = str(found["bottleneck"])
             if case.resumed and number:
-                seconds, expected = _resume([*merge, *SMALL_FILES], output, recipe, case.threads)
-                estimated[-1] = expected
+                expected = _resume([*merge, *SMALL_FILES], output, recipe, case.threads)
+                estimated[-1], estimated_work[-1] = expected.seconds, expected.work
+                before = os.times()
+                subprocess.run([*merge, *SMALL_FILES], check=True, env=os.environ | peers.OFFLINE)
+                after = os.times()
+                seconds = after.elapsed - before.elapsed
+                work = sum(after[2:4]) - sum(before[2:4])
             else:
-                seconds = measure.run(merge, output, "estimate", peers.OFFLINE).wall_s
+                run = measure.run(merge, output, "estimate", peers.OFFLINE)
+                seconds, work = run.wall_s, run.user_s + run.system_s
             if number:  # the first one compiles, and learns digests
                 measured.append(seconds)
+                measured_work.append(work)
     shutil.rmtree(output.parent)
-    return Compared(case, estimated, measured, bottleneck, load)
+    return Compared(case, estimated, measured, estimated_work, measured_work, bottleneck, load)
 
 
-def _resume(merge: list[str], output: Path, recipe: Path, threads: int) -> tuple[float, float]:
-    """Stop a merge about half way, and continue it: seconds of the rest, measured and estimated."""
+def _resume(merge: list[str], output: Path, recipe: Path, threads: int) -> Estimate:
+    """Stop a merge about half way, and estimate the rest."""
     shutil.rmtree(output.parent, ignore_errors=True)
     journal = journal_of(output)
-    with subprocess.Popen(merge, env=os.environ | peers.OFFLINE) as half:
+    environment = os.environ | peers.OFFLINE
+    with subprocess.Popen(merge, stderr=subprocess.DEVNULL, env=environment) as half:
         while half.poll() is None and len(_finished(journal)) < 3:
             time.sleep(0.01)
         half.send_signal(signal.SIGINT)
@@ -169,9 +193,7 @@ def _resume(merge: list[str], output: Path, recipe: Path, threads: int) -> tuple
     finally:
         prepared.inputs.close()
     os.sync()
-    began = time.perf_counter()
-    subprocess.run(merge, check=True, env=os.environ | peers.OFFLINE)
-    return time.perf_counter() - began, expected.seconds
+    return expected
 
 
 def _finished(journal: Path) -> list[str]:
@@ -191,6 +213,7 @@ def _row(result: Compared) -> list[str]:
         seconds(result.estimated),
         seconds(result.measured),
         f"{result.ratio:.2f}",
+        f"{result.work_ratio:.2f}",
         result.bottleneck,
         f"{result.load:.1f}",
     ]
@@ -229,7 +252,7 @@ def main() -> None:
         if arguments.only in case.name:
             results.append(compare(case, arguments.repeat))
             print(f"{time.strftime('%H:%M:%S')}  " + "  ".join(_row(results[-1])), flush=True)
-    head = ["case", "threads", "estimated", "measured", "ratio", "longest", "load"]
+    head = ["case", "threads", "estimated", "measured", "ratio", "processor", "longest", "load"]
     print(f"\n{measure.machine()}\n" + table(head, [_row(result) for result in results]))
     off = [result.case.name for result in results if not result.holds]
     if off:

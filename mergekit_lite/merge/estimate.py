@@ -245,6 +245,7 @@ class Estimate:
         seconds: From start to end.
         start: Of which start and end of the program.
         flush: Of which waiting for the disk after the last byte is computed.
+        work: Seconds of one core for all of it.
         stages: What overlaps; the longest first.
         where: The machine or cluster.
         notes: What the numbers leave out.
@@ -253,6 +254,7 @@ class Estimate:
     seconds: float
     start: float
     flush: float
+    work: float
     stages: Sequence[Stage]
     where: str
     notes: Sequence[str] = field(default=())
@@ -270,6 +272,7 @@ class Estimate:
             "where": self.where,
             "start": self.start,
             "flush": self.flush,
+            "work": self.work,
             "stages": [
                 {"name": s.name, "seconds": s.seconds, "even": s.even, "tail": s.tail,
                  "reason": s.reason}
@@ -473,6 +476,7 @@ def estimate_local(
         seconds=start + stages[0].seconds + flush,
         start=start,
         flush=flush,
+        work=rates.start + load.work,
         stages=stages,
         where=f"this machine, {threads} thread{'s' * (threads != 1)}",
         notes=tuple(_notes(load)),
@@ -527,6 +531,7 @@ def estimate_cluster(load: Load, cluster: Cluster) -> Estimate:
         seconds=rates.start + stages[0].seconds,
         start=rates.start,
         flush=0.0,
+        work=rates.start + load.work,
         stages=stages,
         where=f"{_count(nodes, 'node')} of {_count(cluster.cores, 'core')}",
         notes=tuple(_notes(load)),
