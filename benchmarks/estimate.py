@@ -20,7 +20,7 @@ from benchmarks.hollow import trillion_shapes, write_hollow
 from benchmarks.paths import WORK
 from benchmarks.recipes import JOBS, Job
 from benchmarks.report import table
-from benchmarks.shapes import LlamaShape, make_family
+from benchmarks.shapes import Dtype, LlamaShape, make_family
 from mergekit_lite.merge.calibrate import known_rates, stored_of
 from mergekit_lite.merge.estimate import Estimate, budget_of, estimate_local, kinds_of, load_of
 from mergekit_lite.merge.run import DEFAULT_MEMORY, prepare
@@ -31,7 +31,7 @@ from mergekit_lite.recipe import read_recipe
 WITHIN = 0.25
 SMALL_FILE = 60 * 10**6
 SMALL_FILES = ["--shard-size", str(SMALL_FILE)]
-SHAPES = {
+SHAPES: dict[Dtype, LlamaShape] = {
     "BF16": LlamaShape(hidden=1024, layers=12, intermediate=2816, heads=16),
     "F32": LlamaShape(hidden=1024, layers=4, intermediate=2816, heads=16),
 }
@@ -53,7 +53,7 @@ class Case:
 
     name: str
     job: Job
-    dtype: str = "BF16"
+    dtype: Dtype = "BF16"
     threads: int = 2
     rehash: bool = False
     resumed: bool = False
