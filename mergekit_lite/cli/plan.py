@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mergekit_lite.cli.estimating import RATE, estimate, estimate_lines, rates_as_data
 from mergekit_lite.cli.options import SIZE, complete_merge, human_bytes, split_method
 from mergekit_lite.text import plain
 
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint.locate import Source
+    from mergekit_lite.merge.estimate import Cluster
     from mergekit_lite.merge.plan import Plan, PlannedTensor
     from mergekit_lite.merge.run import Prepared
 
@@ -24,9 +26,26 @@ __all__ = ["command"]
     "words", nargs=-1, required=True, metavar="[METHOD] RECIPE", shell_complete=complete_merge
 )
 @click.option("--memory", type=SIZE, default="512MB", show_default=True, help="Memory for weights.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Worker threads.")
+@click.option(
+    "--threads", type=click.IntRange(1, 1024),
+    help="Worker threads; with --engine ray, cores for one file.  [default: all cores; 1]",
+)  # fmt: skip
 @click.option("--shard-size", type=SIZE, default="2GB", show_default=True, help="Bytes of a file.")
 @click.option("--tensors", is_flag=True, help="Show every tensor.")
+@click.option(
+    "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+    help="What would run it; with ray, the time on --nodes is estimated.",
+)  # fmt: skip
+@click.option("--nodes", type=click.IntRange(1), help="Machines of the cluster.  [default: 1]")
+@click.option("--cores", type=click.IntRange(1), help="Cores of each.  [default: as many as here]")
+@click.option("--network", type=RATE, metavar="RATE", help="Of each machine, for example 25Gbit.")
+@click.option(
+    "--disk", type=RATE, metavar="RATE", help="Of each machine's disk, for example 2GB/s."
+)
+@click.option(
+    "--shared-disk", type=RATE, metavar="RATE", help="Of the storage that all machines share."
+)
+@click.option("--measure", is_flag=True, help="Measure this machine again for the estimate.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan for programs.")
 def command(
     words: tuple[str, ...],
@@ -34,9 +53,20 @@ def command(
     threads: int | None,
     shard_size: int,
     tensors: bool,
+    engine: str,
+    nodes: int | None,
+    cores: int | None,
+    network: float | None,
+    disk: float | None,
+    shared_disk: float | None,
+    measure: bool,
     as_json: bool,
 ) -> None:
-    """Show what RECIPE would do: tensors, methods, bytes, memory. Reads headers only."""
+    """Show what RECIPE would do: tensors, methods, bytes, memory, time. Reads headers only.
+
+    Time follows from what this machine was measured to do with random weights, which takes some
+    seconds, once for a kind of merge: with --measure, and with --engine ray.
+    """
     from mergekit_lite.checkpoint.locate import looking
     from mergekit_lite.errors import PackError
     from mergekit_lite.merge.run import check_memory, default_threads, prepare
@@ -45,6 +75,13 @@ def command(
 
     method, path = split_method(words)
     check_memory(memory)
+    if engine == "local" and any(
+        given is not None for given in (nodes, cores, network, shared_disk)
+    ):
+        raise click.UsageError("--nodes, --cores, --network and --shared-disk go with --engine ray")
+    cluster = (
+        _cluster(nodes, cores, threads, network, disk, shared_disk) if engine == "ray" else None
+    )
     recipe = read_recipe(path, METHODS, ALIASES, method)
     if recipe.output != "model":
         raise PackError(
@@ -54,11 +91,20 @@ def command(
     with looking():
         prepared = prepare(recipe, path.parent, max(1, shard_size))
     try:
+        found = estimate(prepared, memory, threads, cluster, disk, measure=measure)
         if as_json:
-            click.echo(json.dumps(prepared.plan.describe(), indent=2))
+            document = prepared.plan.describe()
+            if found is not None:
+                document["estimate"] = {**found[0].describe(), "rates": rates_as_data(found[1])}
+            click.echo(json.dumps(document, indent=2))
             return
         for line in _summary(prepared, memory, threads or default_threads()):
             click.echo(line)
+        if found is None:
+            click.echo("time    not known; --measure finds out in some seconds")
+        else:
+            for line in estimate_lines(*found):
+                click.echo(line)
         for line in _groups(prepared.plan, every=tensors):
             click.echo(line)
         for note in prepared.notes:
@@ -66,6 +112,23 @@ def command(
         _licences(prepared, path.stem)
     finally:
         prepared.inputs.close()
+
+
+def _cluster(
+    nodes: int | None,
+    cores: int | None,
+    threads: int | None,
+    network: float | None,
+    disk: float | None,
+    shared: float | None,
+) -> Cluster:
+    from mergekit_lite.merge.estimate import Cluster
+    from mergekit_lite.merge.run import default_threads
+
+    cores = cores or default_threads()
+    if threads is not None and threads > cores:
+        raise click.UsageError(f"--threads {threads}: a machine has only {cores} cores")
+    return Cluster(nodes or 1, cores, threads or 1, network, disk, shared)
 
 
 def _licences(prepared: Prepared, stem: str) -> None:
