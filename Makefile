@@ -50,6 +50,8 @@ bench: $(STAMP) ## Measure against peers (about 90 minutes, 25 GB of disk)
 	@$(BIN)/python -m benchmarks.release
 	@$(BIN)/python -m benchmarks.quantize
 	@$(BIN)/python -m benchmarks.onnx
+	@$(BIN)/python -m benchmarks.remote
+	@$(BIN)/python -m benchmarks.ray
 
 clean: ## Remove what the targets above made
 	rm -rf $(VENV) examples/models benchmarks/work dist build

@@ -22,6 +22,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +53,9 @@ _MOST = 5
 
 _STORE = 10**8
 """Bytes of the object store of a cluster that is started here; next to nothing goes into it."""
+
+_REACH = 10.0
+"""Seconds in which a cluster's address must answer."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,20 @@ class RayEngine(Engine):
         self._threads = threads
         self._held = contextlib.ExitStack()
 
+    def __enter__(self) -> Self:
+        """Look whether anybody answers at an address, which Ray itself would try for minutes.
+
+        Raises:
+            PackError: Nobody does.
+        """
+        host, found, port = self._address.removeprefix("ray://").rpartition(":")
+        if found and port.isdigit():
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), _REACH).close()
+            except OSError as error:
+                raise _unreachable(self._address, error) from None
+        return self
+
     def compute(
         self,
         work: Work,
@@ -143,11 +161,7 @@ class RayEngine(Engine):
                     address=self._address, log_to_driver=False, logging_level=logging.ERROR, **own
                 )
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-                raise PackError(
-                    f"{self._address}: no Ray cluster to be used ({_first_line(error)})",
-                    "Start one (ray start --head), name another (--address HOST:PORT), or leave "
-                    "--address out for one that is started for the run.",
-                ) from None
+                raise _unreachable(self._address, error) from None
         self._held.callback(ray.shutdown)
 
     def __exit__(
@@ -158,6 +172,14 @@ class RayEngine(Engine):
     ) -> None:
         """Leave the cluster, and stop it if it was started here."""
         self._held.close()
+
+
+def _unreachable(address: str, error: Exception) -> PackError:
+    return PackError(
+        f"{address}: no Ray cluster to be used ({_first_line(error)})",
+        "Start one (ray start --head), name another (--address HOST:PORT), or leave --address out "
+        "for one that is started for the run.",
+    )
 
 
 class _Run:

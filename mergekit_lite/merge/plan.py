@@ -23,7 +23,7 @@ from mergekit_lite.recipe.parameters import Parameter, first_set
 
 __all__ = ["Plan", "PlannedTensor", "Shard", "lay_out", "make_plan"]
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same recipe begins to give other bytes; part of a plan's fingerprint."""
 
 

@@ -308,6 +308,15 @@ def test_only_what_asks_for_ray_imports_it(models: Path, tmp_path: Path) -> None
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
+def test_an_address_where_nobody_answers(
+    pack: Callable[..., Any], models: Path, tmp_path: Path
+) -> None:
+    words = ("-o", tmp_path / "out", "--engine", "ray", "--address", "127.0.0.1:1")
+    ran = pack("merge", _recipe(models), *words)
+    assert (ran.code, "127.0.0.1:1: no Ray cluster to be used" in ran.err) == (1, True), ran.err
+    assert list(tmp_path.glob("*out*")) == []
+
+
 def test_what_is_not_spread(pack: Callable[..., Any], models: Path) -> None:
     ran = pack("merge", _recipe(models), "--address", "auto")
     assert (ran.code, "--address goes with --engine ray" in ran.err) == (2, True)
