@@ -176,8 +176,8 @@ def _network(prepared: Prepared) -> Iterator[str]:
     from mergekit_lite.merge.checkpoint import MergeCheckpoint
 
     merged = MergeCheckpoint(prepared.plan, prepared.inputs)
-    FETCHER.paused = True
-    announce(merged.prefetch, merged.names())
+    with FETCHER.noting():
+        announce(merged.prefetch, merged.names())
     for reference, source in prepared.inputs.sources.items():
         for host, (wanted, size) in source.checkpoint.elsewhere().items():
             rate = known_rate(host)

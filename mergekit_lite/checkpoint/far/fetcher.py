@@ -66,9 +66,10 @@ class Block:
         stop: One past its last.
         left: Bytes of it that nobody has read yet.
         data: Its bytes; None while they are not here.
+        gone: Whether nobody will read it any more.
     """
 
-    __slots__ = ("data", "failure", "key", "left", "pending", "start", "stop", "used")
+    __slots__ = ("data", "failure", "gone", "key", "left", "pending", "start", "stop", "used")
 
     def __init__(self, start: int, stop: int) -> None:
         self.start = start
@@ -77,6 +78,7 @@ class Block:
         self.data: Array | None = None
         self.failure: BaseException | None = None
         self.pending = False
+        self.gone = False
         self.key: tuple[int, int] = (0, 0)
         self.used = 0.0
 
@@ -122,7 +124,7 @@ class Fetcher:
         with self._changed:
             if self.paused or block.pending or block.data is not None:
                 return
-            block.pending, block.key, block.failure = True, key, None
+            block.pending, block.key, block.failure, block.gone = True, key, None, False
             self._number += 1
             heapq.heappush(self._queue, (key, self._number, block, transport, arrived))
             self._start()
@@ -173,11 +175,23 @@ class Fetcher:
     def forget(self, blocks: Iterator[Block]) -> None:
         """Let blocks go that nobody will read any more."""
         with self._changed:
-            gone = {id(block) for block in blocks}
+            every = list(blocks)
+            for block in every:
+                block.gone = True
+            gone = {id(block) for block in every}
             self._queue = [entry for entry in self._queue if id(entry[2]) not in gone]
             heapq.heapify(self._queue)
-            for block in [held for held in self._ready.values() if id(held) in gone]:
+            for block in every:
                 self._drop(block)
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Let blocks be announced and not fetched, for a plan."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
 
     def fetch_now(
         self, transport: Transport, start: int, stop: int, attempts: int = _ATTEMPTS
@@ -202,7 +216,7 @@ class Fetcher:
                         break
                 else:
                     return  # it is on its way
-            block.pending, block.failure = True, None
+            block.pending, block.failure, block.gone = True, None, False
             block.key = (-1, block.start)
             self._number += 1
             heapq.heappush(self._queue, (block.key, self._number, block, transport, arrived))
@@ -257,7 +271,7 @@ class Fetcher:
             with self._changed:
                 block.pending = False
                 block.failure = failure
-                if failure is None:
+                if failure is None and not block.gone:
                     block.data = data
                     block.left = block.stop - block.start
                     block.used = time.monotonic()
