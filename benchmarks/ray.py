@@ -23,7 +23,7 @@ from mergekit_lite.methods import ALIASES, METHODS
 from mergekit_lite.recipe import parse_recipe
 
 WORK = Path(__file__).parent / "work" / "ray"
-TENSORS = 16
+TENSORS = 48
 SHAPE = (2048, 4096)
 RECIPE = """
 merge_method: {method}
@@ -38,7 +38,7 @@ seed: 1
 
 
 def make_models() -> None:
-    """Write a base and three fine-tunes in float16, 268 MB each."""
+    """Write a base and three fine-tunes in float16, 805 MB each."""
     random = np.random.default_rng(0)
     base = [random.standard_normal(SHAPE, np.float32) * 0.02 for _ in range(TENSORS)]
     for name in ("base", "a", "b", "c"):
