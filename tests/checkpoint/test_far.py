@@ -16,9 +16,15 @@ import pytest
 import torch
 
 from mergekit_lite.checkpoint.far.checkpoint import FarFile
-from mergekit_lite.checkpoint.far.fetcher import FETCHER
-from mergekit_lite.checkpoint.far.transport import FsspecTransport, HttpTransport
-from mergekit_lite.errors import PackError
+from mergekit_lite.checkpoint.far.fetcher import FETCHER, Block, Fetcher, at_once, cache_folder
+from mergekit_lite.checkpoint.far.traffic import known_rate
+from mergekit_lite.checkpoint.far.transport import (
+    Broken,
+    FsspecTransport,
+    HttpTransport,
+    Transport,
+)
+from mergekit_lite.errors import Interrupted, PackError
 from tests.conftest import Ran, digests, pack_process, random_models, write_recipe
 from tests.far_server import FarServer, far_server
 from tests.hub_server import HubServer
@@ -333,6 +339,89 @@ def test_what_stays_in_memory(server: FarServer) -> None:
     file = FarFile(HttpTransport(f"{server.url}/b/model.safetensors", "model.safetensors"))
     file.read(0, np.empty(file.size, np.uint8))
     assert FETCHER._held == held
+
+
+class _Held(Transport):
+    """Zeros that come when they may, the first time as an answer that breaks off at its end."""
+
+    name, url, host, size, identity = "x", "x", "x", 1000, ""
+
+    def __init__(self, *, breaking: bool = False) -> None:
+        self.may = threading.Event()
+        self.breaking = breaking
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        self.may.wait(60)
+        if self.breaking:
+            self.breaking = False
+            raise Broken("broken", bytes(min(stop, self.size) - start))
+        assert start < min(stop, self.size)
+        return bytes(stop - start)
+
+    def check(self) -> None:
+        pass
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize("stop", [1000, 1 << 28])
+def test_an_answer_that_breaks_at_its_end(stop: int) -> None:
+    """All of it came, so nothing is asked for again."""
+    held = _Held(breaking=True)
+    held.may.set()
+    assert FETCHER.fetch_now(held, 0, stop) == bytes(1000)
+
+
+def test_a_block_that_was_forgotten_is_fetched_when_it_is_wanted() -> None:
+    fetcher, held = Fetcher(), _Held()
+    fetcher.window = 0
+    block = Block(0, 10)
+    fetcher.ask(block, held, _nothing, (0, 0))
+    fetcher.forget(iter([block]))
+    held.may.set()
+    out = np.ones(10, np.uint8)
+    thread = threading.Thread(
+        target=fetcher.take, args=(block, held, _nothing, 0, out), daemon=True
+    )
+    thread.start()
+    thread.join(20)
+    assert not out.any()
+
+
+def test_a_server_that_does_not_answer_holds_nothing_up() -> None:
+    """Neither a run that is stopped, nor the error of another file."""
+    fetcher, held = Fetcher(), _Held()
+    caught: list[BaseException] = []
+
+    def take() -> None:
+        try:
+            fetcher.take(Block(0, 10), held, _nothing, 0, np.empty(10, np.uint8))
+        except Interrupted as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    fetcher.stop()
+    thread.join(20)
+    assert len(caught) == 1
+
+    def opened(number: int) -> int:
+        if number == 1:
+            raise PackError("gone")
+        return len(held.fetch(0, number))
+
+    with pytest.raises(PackError, match="gone"):
+        at_once(opened, [0, 1, 2])
+    held.may.set()
+    assert at_once(opened, [3, 2, 4]) == [3, 2, 4]
+
+
+def test_no_rate_of_another_host() -> None:
+    cache_folder().mkdir(parents=True)
+    (cache_folder() / "network.json").write_text('{"a": 5}')
+    assert (known_rate("a"), known_rate("b")) == (5, None)
 
 
 @pytest.mark.xdist_group("s3")

@@ -7,11 +7,10 @@ import hashlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mergekit_lite.checkpoint.announce import turn
-from mergekit_lite.checkpoint.far.fetcher import BLOCK, FETCHER, Block
+from mergekit_lite.checkpoint.far.fetcher import BLOCK, FETCHER, Block, at_once
 from mergekit_lite.checkpoint.far.transport import Transport
 from mergekit_lite.checkpoint.header import Header, parse_header, read_length
 from mergekit_lite.checkpoint.known import KNOWN
@@ -29,7 +28,6 @@ __all__ = ["FarCheckpoint", "FarFile"]
 
 _EARLY = 96 << 20
 """Bytes that may wait for their turn to be hashed."""
-_AT_ONCE = 16
 _FIRST = 4
 """Attempts to reach a server at all; one that answered is tried for longer."""
 
@@ -265,8 +263,7 @@ class FarCheckpoint(SafetensorsCheckpoint):
         config = folder / "config.json" if folder is not None else None
         if config is not None and config.is_file():
             self.config = load_json(config)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            self.far = list(pool.map(FarFile, transports))
+        self.far = at_once(FarFile, transports)
         for file in self.far:
             self._add(file)
         index = folder / INDEX_NAME if folder is not None else None

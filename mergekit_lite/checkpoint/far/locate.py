@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mergekit_lite.checkpoint.far.checkpoint import FarCheckpoint
-from mergekit_lite.checkpoint.far.fetcher import FETCHER, cache_folder
+from mergekit_lite.checkpoint.far.fetcher import FETCHER, at_once, cache_folder
 from mergekit_lite.checkpoint.far.transport import (
     Denied,
     FileTransport,
@@ -48,7 +47,6 @@ _ASKED = (
 _SMALL = 256 << 20
 """Bytes of the largest file beside the weights; tokenizers have some 30 MB."""
 _ADAPTER = "adapter_model.safetensors"
-_AT_ONCE = 16
 _FIRST = 4
 
 
@@ -257,8 +255,7 @@ def _fetched(transports: Mapping[str, Transport]) -> dict[str, bytes]:
         except (FileFormatError, Denied):  # some stores say the latter of what is not there
             return name, None
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = list(pool.map(fetch, transports.items()))
+    found = at_once(fetch, transports.items())
     return {name: content for name, content in found if content is not None}
 
 
