@@ -17,6 +17,7 @@ import torch
 
 from mergekit_lite.checkpoint.far.checkpoint import FarFile
 from mergekit_lite.checkpoint.far.fetcher import FETCHER, Block, Fetcher, at_once, cache_folder
+from mergekit_lite.checkpoint.far.locate import _kept, fetch_adapter
 from mergekit_lite.checkpoint.far.traffic import known_rate
 from mergekit_lite.checkpoint.far.transport import (
     Broken,
@@ -195,6 +196,44 @@ def test_adapter_on_a_base(
         sent = sum(b - a for a, b in server.asked["base/model.safetensors"])
         assert sent == size + 1
     assert weights(tmp_path / "far") == weights(tmp_path / "local")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_adapter_that_is_replaced(
+    told: bool, server: FarServer, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one of the same size: the new one is used, and a state is fetched once."""
+    if not told:  # the server says nothing of its state
+        server.etags = False
+        monkeypatch.setattr("tests.far_server.formatdate", lambda *_, **__: "")
+    (models / "a" / "config.json").rename(models / "a" / "adapter_config.json")
+    weights = models / "a" / "model.safetensors"
+    weights = weights.rename(weights.with_name("adapter_model.safetensors"))
+    times = []
+    for state in (0, 1):
+        data = bytearray(weights.read_bytes())
+        data[-1] = state
+        weights.write_bytes(data)
+        os.utime(weights, (state, state))
+        for _ in range(2):
+            fetched = fetch_adapter(f"{server.url}/a") / weights.name
+            assert fetched.read_bytes() == data
+            times.append(fetched.stat().st_mtime_ns)
+    if told:
+        assert times[0] == times[1] != times[2] == times[3]
+
+
+def test_small_files_that_several_processes_keep(tmp_path: Path) -> None:
+    files = {f"{n}": bytes(10_000) for n in range(20)}
+    barrier = threading.Barrier(4)
+
+    def keep(_: int) -> None:
+        for n in range(10):
+            barrier.wait(20)
+            _kept(f"x://{n}", files)
+
+    at_once(keep, range(4))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_gguf_of_a_model_elsewhere(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -113,7 +115,7 @@ def open_far_hub(
 
 
 def fetch_adapter(reference: str) -> Path:
-    """Fetch an adapter whole, which is small: its folder in the user's cache.
+    """Fetch an adapter whole, which is small: a folder in the user's cache for each state of it.
 
     Args:
         reference: Its address, other than one of the Hub.
@@ -121,8 +123,10 @@ def fetch_adapter(reference: str) -> Path:
     Raises:
         PackError: It cannot be had.
     """
-    folder, _, checkpoint = open_far(reference)
+    found, _, checkpoint = open_far(reference)
+    small = {path.name: path.read_bytes() for path in found.iterdir() if path.name[0] != "."}
     try:
+        folder = _kept(f"{reference} {checkpoint.fingerprint()}", small)
         for file in checkpoint.far:
             file.save(folder / file.name)
     finally:
@@ -270,7 +274,7 @@ def _kept(url: str, files: Mapping[str, bytes]) -> Path:
         for name, content in files.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != len(content):
-                beside = folder / f".{name}.tmp"
+                beside = folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
                 beside.write_bytes(content)
                 beside.rename(path)
     except OSError as error:
