@@ -13,6 +13,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 __all__ = ["FarServer", "far_server"]
 
@@ -79,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Send a file, or a part of it."""
         far = self.far
-        path = far.folder / self.path.lstrip("/")
+        path = far.folder / unquote(self.path).lstrip("/")
         with far.lock:
             far.requests += 1
             lot = far.chance.random() < far.failing

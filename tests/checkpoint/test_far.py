@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_lite.checkpoint.far.checkpoint import FarFile
+from mergekit_lite.checkpoint.far.checkpoint import _EARLY, FarFile, _Digest
 from mergekit_lite.checkpoint.far.fetcher import FETCHER, Block, Fetcher, at_once, cache_folder
 from mergekit_lite.checkpoint.far.locate import _kept, fetch_adapter
 from mergekit_lite.checkpoint.far.traffic import known_rate
@@ -25,6 +25,7 @@ from mergekit_lite.checkpoint.far.transport import (
     HttpTransport,
     Transport,
 )
+from mergekit_lite.checkpoint.known import KNOWN
 from mergekit_lite.errors import Interrupted, PackError
 from tests.conftest import Ran, digests, pack_process, random_models, write_recipe
 from tests.far_server import FarServer, far_server
@@ -329,6 +330,53 @@ def test_damage_on_the_way(server: FarServer) -> None:
     file.read(0, np.empty(file.size, np.uint8))
     with pytest.raises(PackError, match="not what the server says"):
         file.finish()
+
+
+def test_a_digest_that_was_remembered_and_is_wrong(server: FarServer, models: Path) -> None:
+    """The server stated none, so what came is what the file is."""
+    url = f"{server.url}/a/model.safetensors"
+    transport = HttpTransport(url, "model.safetensors")
+    transport.fetch(0, 1)
+    KNOWN.note_text(transport.identity, "0" * 64)
+    for _ in range(2):
+        file = FarFile(HttpTransport(url, "model.safetensors"))
+        file.read(0, np.empty(file.size, np.uint8))
+        assert file.finish().sha256 == digests(models / "a")["model.safetensors"]
+
+
+@pytest.mark.parametrize(("age", "told"), [(-3600, False), (3600, True)])
+def test_times_of_change_that_tell_states_apart(
+    age: int, told: bool, server: FarServer, models: Path
+) -> None:
+    """Not those that are not over, at which the file may change once more."""
+    server.etags = False
+    path = models / "a" / "model.safetensors"
+    os.utime(path, (time.time() - age,) * 2)
+    transport = HttpTransport(f"{server.url}/a/model.safetensors", "model.safetensors")
+    transport.fetch(0, 1)
+    assert bool(transport.identity) == told
+
+
+def test_names_of_shards_that_are_no_urls(pack: Pack, server: FarServer, models: Path) -> None:
+    shard = "a b#c%41+?.safetensors"
+    (models / "a" / "model.safetensors").rename(models / "a" / shard)
+    index = {"weight_map": dict.fromkeys(SHAPES, shard)}
+    (models / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
+    ran = pack("inspect", f"{server.url}/a")
+    assert ran.code == 0, ran.err
+
+
+def test_what_waits_to_be_hashed_is_let_go() -> None:
+    """All files together hold no more than one may."""
+    before = _Digest.waiting
+    several = [_Digest() for _ in range(4)]
+    part = np.empty(40 << 20, np.uint8)
+    for one in several:
+        one.feed(1, part)
+    assert before < _Digest.waiting <= _EARLY
+    for one in several:
+        one.close()
+    assert _Digest.waiting == before
 
 
 def test_any_file_system(models: Path, tmp_path: Path) -> None:

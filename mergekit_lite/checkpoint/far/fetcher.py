@@ -467,6 +467,7 @@ class _Cache:
             if len(data) == stop - start:
                 os.utime(path)
                 with self._lock:
+                    self._total += 0 if path in self._sizes else len(data)
                     self._sizes[path] = self._sizes.pop(path, len(data))
                 return data
         return None

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from mergekit_lite.checkpoint.far.checkpoint import FarCheckpoint
 from mergekit_lite.checkpoint.far.fetcher import FETCHER, at_once, cache_folder
@@ -155,7 +155,7 @@ def _open_http(url: str) -> tuple[Path, None, FarCheckpoint]:
     folder = _kept(url, small)
     usual = _ADAPTER if "adapter_config.json" in small else "model.safetensors"
     names = _indexed(folder) or [usual]
-    transports = [HttpTransport(f"{url}/{n}", n, headers) for n in _safetensors(names, url)]
+    transports = [HttpTransport(f"{url}/{quote(n)}", n, headers) for n in _safetensors(names, url)]
     return folder, None, FarCheckpoint(url, folder, transports)
 
 

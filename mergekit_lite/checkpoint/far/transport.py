@@ -9,6 +9,7 @@ from __future__ import annotations
 import netrc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -177,12 +178,13 @@ class HttpTransport(Transport):
         if not whole.isdigit() or span.partition("-")[0] != str(start):
             raise Broken(f"the server sent the range '{stated[:40]}'")
         tag = response.headers.get("ETag", "")
-        state = (whole, tag, "" if tag else response.headers.get("Last-Modified", ""))
+        strong = tag.startswith('"')
+        state = (whole, tag, "" if strong else response.headers.get("Last-Modified", ""))
         if self._state is None:
             self._state = state
-            self._tag = tag if tag.startswith('"') else ""
+            self._tag = tag if strong else ""
             self.size = int(whole)
-            told = self._fixed or state[1] or state[2]
+            told = self._fixed or strong or _settled(response.headers)
             self.identity = f"{self.url} {' '.join(state)}" if told else ""
         elif (whole if self._fixed else state) != (self._state[0] if self._fixed else self._state):
             raise Changed
@@ -191,6 +193,15 @@ class HttpTransport(Transport):
         """Ask for its first byte once more."""
         if not self._fixed:
             self.fetch(0, 1)
+
+
+def _settled(headers: Mapping[str, str]) -> bool:
+    """Whether a time of change tells states apart: its second was over when it was asked for."""
+    try:
+        changed, now = (parsedate_to_datetime(headers[key]) for key in ("Last-Modified", "Date"))
+        return (now - changed).total_seconds() > 1
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _refused(url: str, status: int) -> Exception:
