@@ -17,7 +17,7 @@ import torch
 
 from mergekit_lite.checkpoint.far.checkpoint import _EARLY, FarFile, _Digest
 from mergekit_lite.checkpoint.far.fetcher import FETCHER, Block, Fetcher, at_once, cache_folder
-from mergekit_lite.checkpoint.far.locate import _kept, fetch_adapter
+from mergekit_lite.checkpoint.far.locate import _fetched, _kept, fetch_adapter
 from mergekit_lite.checkpoint.far.traffic import known_rate
 from mergekit_lite.checkpoint.far.transport import (
     Broken,
@@ -287,6 +287,7 @@ def test_mistakes(
     told(server.url.replace("//", "//user:secret@"), "would be in every lock")
     assert "secret" not in pack("inspect", "https://user:secret@host/x").err
     told("http://127.0.0.1:1", "could not be read")
+    told("http://[::1", "is no address")
     told("hf://org/name", "no address of a model on the Hub")
     server.ranges = False
     told(server.url, "does not send parts of files")
@@ -364,6 +365,15 @@ def test_names_of_shards_that_are_no_urls(pack: Pack, server: FarServer, models:
     (models / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
     ran = pack("inspect", f"{server.url}/a")
     assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_small_files_that_are_empty(ranges: bool, server: FarServer, models: Path) -> None:
+    """They are there, whichever way a server says that they hold nothing."""
+    server.ranges = ranges
+    (models / "a" / "merges.txt").touch()
+    url = f"{server.url}/a/merges.txt"
+    assert _fetched({"merges.txt": HttpTransport(url, "merges.txt")}) == {"merges.txt": b""}
 
 
 def test_what_waits_to_be_hashed_is_let_go() -> None:

@@ -74,7 +74,10 @@ def open_far(reference: str) -> tuple[Path, str | None, FarCheckpoint]:
                 f"{reference}: is no address of a model on the Hub", "Write hf://ORG/NAME@REVISION."
             )
         return open_far_hub(hub, reference)
-    parts = urlsplit(reference)
+    try:
+        parts = urlsplit(reference)
+    except ValueError as error:
+        raise PackError(f"{reference}: is no address ({error})", "Check its spelling.") from None
     if parts.username or parts.password or parts.query or parts.fragment:
         raise PackError(
             f"{parts.scheme}://{parts.hostname or ''}{parts.path}: an address that holds a user, a "

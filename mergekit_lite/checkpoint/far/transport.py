@@ -23,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 _TIMEOUT = 60.0
-_OK, _PARTIAL, _CHANGED = 200, 206, 412
+_OK, _PARTIAL, _CHANGED, _OUTSIDE = 200, 206, 412, 416
 _LATER = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -171,6 +171,8 @@ class HttpTransport(Transport):
         status = response.status_code
         if status == _CHANGED:
             raise Changed
+        if self._state is None and start == 0 and _is_empty(status, response.headers):
+            return
         if status != _PARTIAL:
             raise _refused(self.url, status)
         stated = response.headers.get("Content-Range", "")
@@ -193,6 +195,13 @@ class HttpTransport(Transport):
         """Ask for its first byte once more."""
         if not self._fixed:
             self.fetch(0, 1)
+
+
+def _is_empty(status: int, headers: Mapping[str, str]) -> bool:
+    """Whether a file is there and holds nothing, of which no part can be asked for."""
+    if status == _OK:
+        return headers.get("Content-Length") == "0"
+    return status == _OUTSIDE and headers.get("Content-Range") == "bytes */0"
 
 
 def _settled(headers: Mapping[str, str]) -> bool:
@@ -277,6 +286,8 @@ class S3Transport(Transport):
         from fsspec.asyn import sync
 
         stop = min(stop, self.size)
+        if stop <= start:
+            return b""
         got = bytearray()
         try:
             sync(self._system.loop, self._get, start, stop, got, timeout=2 * _TIMEOUT)
