@@ -13,6 +13,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 __all__ = ["FarServer", "far_server"]
 
@@ -71,15 +72,17 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         """Nothing."""
 
-    def _refuse(self, status: int) -> None:
+    def _refuse(self, status: int, size: int | None = None) -> None:
         self.send_response(status)
+        if size is not None:
+            self.send_header("Content-Range", f"bytes */{size}")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
     def do_GET(self) -> None:
         """Send a file, or a part of it."""
         far = self.far
-        path = far.folder / self.path.lstrip("/")
+        path = far.folder / unquote(self.path).lstrip("/")
         with far.lock:
             far.requests += 1
             lot = far.chance.random() < far.failing
@@ -102,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted and far.ranges:
             start, stop = int(wanted[1]), min(int(wanted[2]) + 1, stat.st_size)
             if start >= stat.st_size:
-                self._refuse(416)
+                self._refuse(416, stat.st_size)
                 return
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{stat.st_size}")

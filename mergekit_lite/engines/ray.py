@@ -32,6 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from mergekit_lite.checkpoint.far.fetcher import FETCHER
 from mergekit_lite.checkpoint.known import KNOWN
 from mergekit_lite.engines import tasks
 from mergekit_lite.engines.protocol import Computed, Engine, Work
@@ -137,6 +138,7 @@ class RayEngine(Engine):
             versions=tasks.versions(),
             memory=memory,
             rehash=not KNOWN.enabled,
+            cache=FETCHER.cache_bytes,
         )
         with _Run(asked, work, writers, progress) as started:
             return started.compute(self._threads)

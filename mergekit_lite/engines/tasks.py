@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import mergekit_lite
+from mergekit_lite.checkpoint.far.fetcher import FETCHER
 from mergekit_lite.checkpoint.known import KNOWN
 from mergekit_lite.checkpoint.protocol import InputFile
 from mergekit_lite.engines.protocol import Origin, Portion, Work
@@ -45,6 +46,7 @@ class Asked:
         versions: Of what computes there.
         memory: Bytes for weights in one task.
         rehash: Whether inputs are hashed again that were hashed before.
+        cache: Bytes of what comes over a network that each machine keeps.
     """
 
     origin: Origin
@@ -55,6 +57,7 @@ class Asked:
     versions: dict[str, str]
     memory: int
     rehash: bool
+    cache: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ def check(asked: Asked, statistic: Statistic | None) -> Any:
 def _opened(asked: Asked, run: Callable[[Work], T]) -> T | Failed:
     """Open the work, see that it is the same, and do something with it."""
     KNOWN.enabled = not asked.rehash
+    FETCHER.cache_bytes = asked.cache
     with contextlib.suppress(OSError):  # paths may be absolute; what is missing is said by name
         os.chdir(asked.folder)
     try:

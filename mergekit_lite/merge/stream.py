@@ -13,6 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
+from mergekit_lite.checkpoint.far.fetcher import FETCHER
 from mergekit_lite.checkpoint.protocol import CHUNK_ELEMENTS, Rows, TensorReader
 from mergekit_lite.errors import Interrupted
 
@@ -78,6 +79,7 @@ class _Scheduler:
             if self.failure is None:
                 self.failure = error
             self._changed.notify_all()
+        FETCHER.stop()
         self._abort()
 
     def _next(self) -> tuple[int, int, int, Job] | None:
@@ -191,5 +193,7 @@ def run_jobs(
         scheduler.stop(Interrupted("stopped"))
         for worker in workers:
             worker.join()
+    finally:
+        FETCHER.stopping = False
     if scheduler.failure is not None:
         raise scheduler.failure

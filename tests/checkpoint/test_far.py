@@ -15,10 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_lite.checkpoint.far.checkpoint import FarFile
-from mergekit_lite.checkpoint.far.fetcher import FETCHER
-from mergekit_lite.checkpoint.far.transport import FsspecTransport, HttpTransport
-from mergekit_lite.errors import PackError
+from mergekit_lite.checkpoint.far.checkpoint import _EARLY, FarFile, _Digest
+from mergekit_lite.checkpoint.far.fetcher import FETCHER, Block, Fetcher, at_once, cache_folder
+from mergekit_lite.checkpoint.far.locate import _fetched, _kept, fetch_adapter
+from mergekit_lite.checkpoint.far.traffic import known_rate
+from mergekit_lite.checkpoint.far.transport import (
+    Broken,
+    FsspecTransport,
+    HttpTransport,
+    Transport,
+)
+from mergekit_lite.checkpoint.known import KNOWN
+from mergekit_lite.errors import Interrupted, PackError
 from tests.conftest import Ran, digests, pack_process, random_models, write_recipe
 from tests.far_server import FarServer, far_server
 from tests.hub_server import HubServer
@@ -191,6 +199,44 @@ def test_adapter_on_a_base(
     assert weights(tmp_path / "far") == weights(tmp_path / "local")
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_an_adapter_that_is_replaced(
+    told: bool, server: FarServer, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one of the same size: the new one is used, and a state is fetched once."""
+    if not told:  # the server says nothing of its state
+        server.etags = False
+        monkeypatch.setattr("tests.far_server.formatdate", lambda *_, **__: "")
+    (models / "a" / "config.json").rename(models / "a" / "adapter_config.json")
+    weights = models / "a" / "model.safetensors"
+    weights = weights.rename(weights.with_name("adapter_model.safetensors"))
+    times = []
+    for state in (0, 1):
+        data = bytearray(weights.read_bytes())
+        data[-1] = state
+        weights.write_bytes(data)
+        os.utime(weights, (state, state))
+        for _ in range(2):
+            fetched = fetch_adapter(f"{server.url}/a") / weights.name
+            assert fetched.read_bytes() == data
+            times.append(fetched.stat().st_mtime_ns)
+    if told:
+        assert times[0] == times[1] != times[2] == times[3]
+
+
+def test_small_files_that_several_processes_keep(tmp_path: Path) -> None:
+    files = {f"{n}": bytes(10_000) for n in range(20)}
+    barrier = threading.Barrier(4)
+
+    def keep(_: int) -> None:
+        for n in range(10):
+            barrier.wait(20)
+            _kept(f"x://{n}", files)
+
+    at_once(keep, range(4))
+    assert not list(tmp_path.rglob(".*"))
+
+
 def test_gguf_of_a_model_elsewhere(
     pack: Pack, example_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +287,7 @@ def test_mistakes(
     told(server.url.replace("//", "//user:secret@"), "would be in every lock")
     assert "secret" not in pack("inspect", "https://user:secret@host/x").err
     told("http://127.0.0.1:1", "could not be read")
+    told("http://[::1", "is no address")
     told("hf://org/name", "no address of a model on the Hub")
     server.ranges = False
     told(server.url, "does not send parts of files")
@@ -284,6 +331,62 @@ def test_damage_on_the_way(server: FarServer) -> None:
     file.read(0, np.empty(file.size, np.uint8))
     with pytest.raises(PackError, match="not what the server says"):
         file.finish()
+
+
+def test_a_digest_that_was_remembered_and_is_wrong(server: FarServer, models: Path) -> None:
+    """The server stated none, so what came is what the file is."""
+    url = f"{server.url}/a/model.safetensors"
+    transport = HttpTransport(url, "model.safetensors")
+    transport.fetch(0, 1)
+    KNOWN.note_text(transport.identity, "0" * 64)
+    for _ in range(2):
+        file = FarFile(HttpTransport(url, "model.safetensors"))
+        file.read(0, np.empty(file.size, np.uint8))
+        assert file.finish().sha256 == digests(models / "a")["model.safetensors"]
+
+
+@pytest.mark.parametrize(("age", "told"), [(-3600, False), (3600, True)])
+def test_times_of_change_that_tell_states_apart(
+    age: int, told: bool, server: FarServer, models: Path
+) -> None:
+    """Not those that are not over, at which the file may change once more."""
+    server.etags = False
+    path = models / "a" / "model.safetensors"
+    os.utime(path, (time.time() - age,) * 2)
+    transport = HttpTransport(f"{server.url}/a/model.safetensors", "model.safetensors")
+    transport.fetch(0, 1)
+    assert bool(transport.identity) == told
+
+
+def test_names_of_shards_that_are_no_urls(pack: Pack, server: FarServer, models: Path) -> None:
+    shard = "a b#c%41+?.safetensors"
+    (models / "a" / "model.safetensors").rename(models / "a" / shard)
+    index = {"weight_map": dict.fromkeys(SHAPES, shard)}
+    (models / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
+    ran = pack("inspect", f"{server.url}/a")
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_small_files_that_are_empty(ranges: bool, server: FarServer, models: Path) -> None:
+    """They are there, whichever way a server says that they hold nothing."""
+    server.ranges = ranges
+    (models / "a" / "merges.txt").touch()
+    url = f"{server.url}/a/merges.txt"
+    assert _fetched({"merges.txt": HttpTransport(url, "merges.txt")}) == {"merges.txt": b""}
+
+
+def test_what_waits_to_be_hashed_is_let_go() -> None:
+    """All files together hold no more than one may."""
+    before = _Digest.waiting
+    several = [_Digest() for _ in range(4)]
+    part = np.empty(40 << 20, np.uint8)
+    for one in several:
+        one.feed(1, part)
+    assert before < _Digest.waiting <= _EARLY
+    for one in several:
+        one.close()
+    assert _Digest.waiting == before
 
 
 def test_any_file_system(models: Path, tmp_path: Path) -> None:
@@ -333,6 +436,89 @@ def test_what_stays_in_memory(server: FarServer) -> None:
     file = FarFile(HttpTransport(f"{server.url}/b/model.safetensors", "model.safetensors"))
     file.read(0, np.empty(file.size, np.uint8))
     assert FETCHER._held == held
+
+
+class _Held(Transport):
+    """Zeros that come when they may, the first time as an answer that breaks off at its end."""
+
+    name, url, host, size, identity = "x", "x", "x", 1000, ""
+
+    def __init__(self, *, breaking: bool = False) -> None:
+        self.may = threading.Event()
+        self.breaking = breaking
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        self.may.wait(60)
+        if self.breaking:
+            self.breaking = False
+            raise Broken("broken", bytes(min(stop, self.size) - start))
+        assert start < min(stop, self.size)
+        return bytes(stop - start)
+
+    def check(self) -> None:
+        pass
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize("stop", [1000, 1 << 28])
+def test_an_answer_that_breaks_at_its_end(stop: int) -> None:
+    """All of it came, so nothing is asked for again."""
+    held = _Held(breaking=True)
+    held.may.set()
+    assert FETCHER.fetch_now(held, 0, stop) == bytes(1000)
+
+
+def test_a_block_that_was_forgotten_is_fetched_when_it_is_wanted() -> None:
+    fetcher, held = Fetcher(), _Held()
+    fetcher.window = 0
+    block = Block(0, 10)
+    fetcher.ask(block, held, _nothing, (0, 0))
+    fetcher.forget(iter([block]))
+    held.may.set()
+    out = np.ones(10, np.uint8)
+    thread = threading.Thread(
+        target=fetcher.take, args=(block, held, _nothing, 0, out), daemon=True
+    )
+    thread.start()
+    thread.join(20)
+    assert not out.any()
+
+
+def test_a_server_that_does_not_answer_holds_nothing_up() -> None:
+    """Neither a run that is stopped, nor the error of another file."""
+    fetcher, held = Fetcher(), _Held()
+    caught: list[BaseException] = []
+
+    def take() -> None:
+        try:
+            fetcher.take(Block(0, 10), held, _nothing, 0, np.empty(10, np.uint8))
+        except Interrupted as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    fetcher.stop()
+    thread.join(20)
+    assert len(caught) == 1
+
+    def opened(number: int) -> int:
+        if number == 1:
+            raise PackError("gone")
+        return len(held.fetch(0, number))
+
+    with pytest.raises(PackError, match="gone"):
+        at_once(opened, [0, 1, 2])
+    held.may.set()
+    assert at_once(opened, [3, 2, 4]) == [3, 2, 4]
+
+
+def test_no_rate_of_another_host() -> None:
+    cache_folder().mkdir(parents=True)
+    (cache_folder() / "network.json").write_text('{"a": 5}')
+    assert (known_rate("a"), known_rate("b")) == (5, None)
 
 
 @pytest.mark.xdist_group("s3")

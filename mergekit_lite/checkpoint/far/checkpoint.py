@@ -7,11 +7,10 @@ import hashlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mergekit_lite.checkpoint.announce import turn
-from mergekit_lite.checkpoint.far.fetcher import BLOCK, FETCHER, Block
+from mergekit_lite.checkpoint.far.fetcher import BLOCK, FETCHER, Block, at_once
 from mergekit_lite.checkpoint.far.transport import Transport
 from mergekit_lite.checkpoint.header import Header, parse_header, read_length
 from mergekit_lite.checkpoint.known import KNOWN
@@ -28,8 +27,7 @@ from mergekit_lite.errors import PackError
 __all__ = ["FarCheckpoint", "FarFile"]
 
 _EARLY = 96 << 20
-"""Bytes that may wait for their turn to be hashed."""
-_AT_ONCE = 16
+"""Bytes of all files that may wait for their turn to be hashed."""
 _FIRST = 4
 """Attempts to reach a server at all; one that answered is tried for longer."""
 
@@ -95,11 +93,13 @@ class FarFile:
             FETCHER.forget(iter(self._blocks))
             spans, self._spans = sorted(self._spans), []
             joined: list[list[tuple[int, int, int]]] = []
+            upto = -1
             for span in spans:
-                if joined and span[0] <= max(stop for _, stop, _ in joined[-1]):
+                if span[0] <= upto:
                     joined[-1].append(span)
                 else:
                     joined.append([span])
+                upto = max(upto, span[1])
             self._blocks, keys = [], []
             for group in joined:
                 start, stop = group[0][0], max(stop for _, stop, _ in group)
@@ -150,19 +150,28 @@ class FarFile:
             FETCHER.take(block, self._transport, self._arrived, begin, part)
 
     def save(self, path: Path) -> None:
-        """Fetch the whole file; one that is there already, as large, is left.
+        """Fetch the whole file, unless it is there already.
+
+        Its time of change is made of its state, so that a copy on another machine has the same.
+
+        Args:
+            path: In a folder of this state of the file, if the server tells one from another.
 
         Raises:
             PackError: It cannot be had, or written.
         """
-        if path.is_file() and path.stat().st_size == self.size:
+        told = self._transport.identity
+        if told and path.is_file() and path.stat().st_size == self.size:
             return
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             with beside.open("wb") as file:
                 for start in range(0, self.size, BLOCK):
                     stop = min(start + BLOCK, self.size)
                     file.write(FETCHER.fetch_now(self._transport, start, stop))
+            if told:
+                at = int(hashlib.sha256(self.fingerprint().encode()).hexdigest()[:7], 16)
+                os.utime(beside, (at, at))
             beside.rename(path)
         except OSError as error:
             raise PackError(f"{path}: cannot be written ({error.strerror})") from None
@@ -186,10 +195,10 @@ class FarFile:
                 stop = min(start + BLOCK, self.size)
                 self._digest.feed(start, FETCHER.fetch_now(self._transport, start, stop))
             found = self._digest.hexdigest()
-            if sha256 is not None and found != sha256:
+            if self._transport.sha256 not in (None, found):
                 raise PackError(
                     f"{self.path}: what came is not what the server says that it has "
-                    f"(sha256 {found[:12]}…, not {sha256[:12]}…)",
+                    f"(sha256 {found[:12]}…, not {self._transport.sha256[:12]}…)",
                     "Run again; if it stays so, the file is damaged where it lies.",
                 )
             sha256 = found
@@ -199,6 +208,7 @@ class FarFile:
 
     def close(self) -> None:
         """Let go of what was fetched."""
+        self._digest.close()
         with self._lock:
             FETCHER.forget(iter(self._blocks))
 
@@ -211,12 +221,19 @@ def _key(block: Block, group: Sequence[tuple[int, int, int]]) -> tuple[int, int]
 
 
 class _Digest:
-    """SHA-256 of bytes that come in about their order; what comes early is held for its turn."""
+    """SHA-256 of bytes that come in about their order; what comes early is held for its turn.
+
+    Attributes:
+        waiting: Bytes that all digests of this process hold.
+        upto: Bytes that are hashed.
+    """
+
+    waiting = 0
+    _counting = threading.Lock()
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self._early: dict[int, Array | bytes] = {}
-        self._waiting = 0
         self._lock = threading.Lock()
         self.upto = 0
 
@@ -224,15 +241,27 @@ class _Digest:
         """Take bytes of the file."""
         with self._lock:
             if start > self.upto:
-                if start not in self._early and self._waiting + len(data) <= _EARLY:
+                if start not in self._early and self._count(len(data)):
                     self._early[start] = data
-                    self._waiting += len(data)
                 return
             self._take(start, data)
             while self.upto in self._early:
                 held = self._early.pop(self.upto)
-                self._waiting -= len(held)
+                self._count(-len(held))
                 self._take(self.upto, held)
+
+    def close(self) -> None:
+        """Let go of what waits."""
+        with self._lock:
+            self._count(-sum(len(held) for held in self._early.values()))
+            self._early.clear()
+
+    @classmethod
+    def _count(cls, more: int) -> bool:
+        with cls._counting:
+            fits = _Digest.waiting + more <= _EARLY or more <= 0
+            _Digest.waiting += more if fits else 0
+            return fits
 
     def _take(self, start: int, data: Array | bytes) -> None:
         if start + len(data) > self.upto:
@@ -265,8 +294,7 @@ class FarCheckpoint(SafetensorsCheckpoint):
         config = folder / "config.json" if folder is not None else None
         if config is not None and config.is_file():
             self.config = load_json(config)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            self.far = list(pool.map(FarFile, transports))
+        self.far = at_once(FarFile, transports)
         for file in self.far:
             self._add(file)
         index = folder / INDEX_NAME if folder is not None else None

@@ -15,21 +15,24 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from mergekit_lite.checkpoint.far.transport import Broken, Changed, Transport
 from mergekit_lite.dtypes import Array
-from mergekit_lite.errors import PackError
+from mergekit_lite.errors import Interrupted, PackError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["BLOCK", "FETCHER", "Block", "Fetcher", "Traffic", "cache_folder"]
+__all__ = ["BLOCK", "FETCHER", "Block", "Fetcher", "Traffic", "at_once", "cache_folder"]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 BLOCK = 8 << 20
 """Bytes of a request: at 1 Gbit/s and 50 ms, eight of them at a time fill the line."""
@@ -91,6 +94,7 @@ class Fetcher:
         connections: Requests at a time.
         cache_bytes: Size of the local cache; 0 for none.
         paused: Whether blocks are only noted and not fetched, for a plan.
+        stopping: Whether nobody shall wait for a block any more.
         traffic: What was fetched.
     """
 
@@ -99,6 +103,7 @@ class Fetcher:
         self.connections = CONNECTIONS
         self.cache_bytes = 0
         self.paused = False
+        self.stopping = False
         self.traffic = Traffic()
         self._changed = threading.Condition()
         self._queue: list[tuple[tuple[int, int], int, Block, Transport, Callable[..., None]]] = []
@@ -149,6 +154,7 @@ class Fetcher:
 
         Raises:
             PackError: It cannot be had.
+            Interrupted: The run is being stopped.
         """
         first = True
         while True:
@@ -158,6 +164,8 @@ class Fetcher:
                 data = block.data
                 if data is not None:
                     block.used = time.monotonic()
+                elif self.stopping:
+                    raise Interrupted("stopped")
                 elif block.pending and not first:
                     self._changed.wait(1.0)
                     continue
@@ -179,10 +187,20 @@ class Fetcher:
             for block in every:
                 block.gone = True
             gone = {id(block) for block in every}
+            for entry in self._queue:
+                if id(entry[2]) in gone:
+                    entry[2].pending = False
             self._queue = [entry for entry in self._queue if id(entry[2]) not in gone]
             heapq.heapify(self._queue)
+            self._changed.notify_all()
             for block in every:
                 self._drop(block)
+
+    def stop(self) -> None:
+        """Let nobody wait any more, for a run that ends early; until `stopping` is unset."""
+        with self._changed:
+            self.stopping = True
+            self._changed.notify_all()
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
@@ -299,7 +317,8 @@ class Fetcher:
                 got += transport.fetch(start + len(got), stop)
             except Broken as error:
                 got += error.got[: stop - start - len(got)]
-                raise
+                if not got or start + len(got) < min(stop, transport.size):
+                    raise
 
         self._persist(once, transport, attempts)
         with self._changed:
@@ -364,6 +383,46 @@ class Fetcher:
         return self._cache
 
 
+def at_once(function: Callable[[T], R], items: Iterable[T], most: int = 16) -> list[R]:
+    """What a function gives for each item, several at a time, in order.
+
+    Unlike a pool of `concurrent.futures`, threads that wait for a server hold up nothing when one
+    of them fails or the user presses Ctrl-C.
+    """
+    waiting = list(enumerate(items))
+    total = len(waiting)
+    waiting.reverse()
+    found: dict[int, R] = {}
+    failures: dict[int, BaseException] = {}
+    changed = threading.Condition()
+
+    def work() -> None:
+        while True:
+            with changed:
+                if not waiting or failures:
+                    return
+                at, item = waiting.pop()
+            try:
+                result = function(item)
+            except BaseException as error:
+                with changed:
+                    failures[at] = error
+                    changed.notify_all()
+            else:
+                with changed:
+                    found[at] = result
+                    changed.notify_all()
+
+    for number in range(min(most, total)):
+        threading.Thread(target=work, name=f"pack-open-{number}", daemon=True).start()
+    with changed:
+        while len(found) < total and not failures:
+            changed.wait(0.2)
+        if failures:
+            raise failures[min(failures)]
+    return [found[at] for at in range(total)]
+
+
 def cache_folder() -> Path:
     """Where pack keeps what it can fetch or compute again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pack"
@@ -408,6 +467,7 @@ class _Cache:
             if len(data) == stop - start:
                 os.utime(path)
                 with self._lock:
+                    self._total += 0 if path in self._sizes else len(data)
                     self._sizes[path] = self._sizes.pop(path, len(data))
                 return data
         return None

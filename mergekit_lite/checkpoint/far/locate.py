@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from mergekit_lite.checkpoint.far.checkpoint import FarCheckpoint
-from mergekit_lite.checkpoint.far.fetcher import FETCHER, cache_folder
+from mergekit_lite.checkpoint.far.fetcher import FETCHER, at_once, cache_folder
 from mergekit_lite.checkpoint.far.transport import (
     Denied,
     FileTransport,
@@ -48,7 +49,6 @@ _ASKED = (
 _SMALL = 256 << 20
 """Bytes of the largest file beside the weights; tokenizers have some 30 MB."""
 _ADAPTER = "adapter_model.safetensors"
-_AT_ONCE = 16
 _FIRST = 4
 
 
@@ -74,7 +74,10 @@ def open_far(reference: str) -> tuple[Path, str | None, FarCheckpoint]:
                 f"{reference}: is no address of a model on the Hub", "Write hf://ORG/NAME@REVISION."
             )
         return open_far_hub(hub, reference)
-    parts = urlsplit(reference)
+    try:
+        parts = urlsplit(reference)
+    except ValueError as error:
+        raise PackError(f"{reference}: is no address ({error})", "Check its spelling.") from None
     if parts.username or parts.password or parts.query or parts.fragment:
         raise PackError(
             f"{parts.scheme}://{parts.hostname or ''}{parts.path}: an address that holds a user, a "
@@ -115,7 +118,7 @@ def open_far_hub(
 
 
 def fetch_adapter(reference: str) -> Path:
-    """Fetch an adapter whole, which is small: its folder in the user's cache.
+    """Fetch an adapter whole, which is small: a folder in the user's cache for each state of it.
 
     Args:
         reference: Its address, other than one of the Hub.
@@ -123,8 +126,10 @@ def fetch_adapter(reference: str) -> Path:
     Raises:
         PackError: It cannot be had.
     """
-    folder, _, checkpoint = open_far(reference)
+    found, _, checkpoint = open_far(reference)
+    small = {path.name: path.read_bytes() for path in found.iterdir() if path.name[0] != "."}
     try:
+        folder = _kept(f"{reference} {checkpoint.fingerprint()}", small)
         for file in checkpoint.far:
             file.save(folder / file.name)
     finally:
@@ -153,7 +158,7 @@ def _open_http(url: str) -> tuple[Path, None, FarCheckpoint]:
     folder = _kept(url, small)
     usual = _ADAPTER if "adapter_config.json" in small else "model.safetensors"
     names = _indexed(folder) or [usual]
-    transports = [HttpTransport(f"{url}/{n}", n, headers) for n in _safetensors(names, url)]
+    transports = [HttpTransport(f"{url}/{quote(n)}", n, headers) for n in _safetensors(names, url)]
     return folder, None, FarCheckpoint(url, folder, transports)
 
 
@@ -257,8 +262,7 @@ def _fetched(transports: Mapping[str, Transport]) -> dict[str, bytes]:
         except (FileFormatError, Denied):  # some stores say the latter of what is not there
             return name, None
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = list(pool.map(fetch, transports.items()))
+    found = at_once(fetch, transports.items())
     return {name: content for name, content in found if content is not None}
 
 
@@ -273,7 +277,7 @@ def _kept(url: str, files: Mapping[str, bytes]) -> Path:
         for name, content in files.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != len(content):
-                beside = folder / f".{name}.tmp"
+                beside = folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
                 beside.write_bytes(content)
                 beside.rename(path)
     except OSError as error:

@@ -17,7 +17,7 @@ _ENOUGH = 32 << 20
 
 def known_rate(host: str) -> float | None:
     """Bytes a second that came from a host in the last run that fetched enough to tell."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         return float(json.loads((cache_folder() / "network.json").read_text("utf-8"))[host])
     return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import netrc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 _TIMEOUT = 60.0
-_OK, _PARTIAL, _CHANGED = 200, 206, 412
+_OK, _PARTIAL, _CHANGED, _OUTSIDE = 200, 206, 412, 416
 _LATER = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -170,6 +171,8 @@ class HttpTransport(Transport):
         status = response.status_code
         if status == _CHANGED:
             raise Changed
+        if self._state is None and start == 0 and _is_empty(status, response.headers):
+            return
         if status != _PARTIAL:
             raise _refused(self.url, status)
         stated = response.headers.get("Content-Range", "")
@@ -177,12 +180,13 @@ class HttpTransport(Transport):
         if not whole.isdigit() or span.partition("-")[0] != str(start):
             raise Broken(f"the server sent the range '{stated[:40]}'")
         tag = response.headers.get("ETag", "")
-        state = (whole, tag, "" if tag else response.headers.get("Last-Modified", ""))
+        strong = tag.startswith('"')
+        state = (whole, tag, "" if strong else response.headers.get("Last-Modified", ""))
         if self._state is None:
             self._state = state
-            self._tag = tag if tag.startswith('"') else ""
+            self._tag = tag if strong else ""
             self.size = int(whole)
-            told = self._fixed or state[1] or state[2]
+            told = self._fixed or strong or _settled(response.headers)
             self.identity = f"{self.url} {' '.join(state)}" if told else ""
         elif (whole if self._fixed else state) != (self._state[0] if self._fixed else self._state):
             raise Changed
@@ -191,6 +195,22 @@ class HttpTransport(Transport):
         """Ask for its first byte once more."""
         if not self._fixed:
             self.fetch(0, 1)
+
+
+def _is_empty(status: int, headers: Mapping[str, str]) -> bool:
+    """Whether a file is there and holds nothing, of which no part can be asked for."""
+    if status == _OK:
+        return headers.get("Content-Length") == "0"
+    return status == _OUTSIDE and headers.get("Content-Range") == "bytes */0"
+
+
+def _settled(headers: Mapping[str, str]) -> bool:
+    """Whether a time of change tells states apart: its second was over when it was asked for."""
+    try:
+        changed, now = (parsedate_to_datetime(headers[key]) for key in ("Last-Modified", "Date"))
+        return (now - changed).total_seconds() > 1
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _refused(url: str, status: int) -> Exception:
@@ -266,6 +286,8 @@ class S3Transport(Transport):
         from fsspec.asyn import sync
 
         stop = min(stop, self.size)
+        if stop <= start:
+            return b""
         got = bytearray()
         try:
             sync(self._system.loop, self._get, start, stop, got, timeout=2 * _TIMEOUT)
