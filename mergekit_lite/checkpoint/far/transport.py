@@ -6,10 +6,8 @@ says of it (its ETag, or when it was changed) and asks for that state alone.
 
 from __future__ import annotations
 
-import netrc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,6 +91,7 @@ def client() -> Any:
 def netrc_header(url: str) -> dict[str, str]:
     """What `~/.netrc` says of a host, as a header."""
     import base64
+    import netrc
 
     try:
         found = netrc.netrc().authenticators(urlsplit(url).hostname or "")
@@ -206,6 +205,8 @@ def _is_empty(status: int, headers: Mapping[str, str]) -> bool:
 
 def _settled(headers: Mapping[str, str]) -> bool:
     """Whether a time of change tells states apart: its second was over when it was asked for."""
+    from email.utils import parsedate_to_datetime
+
     try:
         changed, now = (parsedate_to_datetime(headers[key]) for key in ("Last-Modified", "Date"))
         return (now - changed).total_seconds() > 1
