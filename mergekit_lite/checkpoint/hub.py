@@ -106,8 +106,11 @@ def snapshot(reference: HubReference) -> tuple[Path, str]:
         PackError: There is no such model, no permission, or no network.
     """
     with explained(reference):
-        folder = _fetch(pinned_at(reference))
-    return folder, folder.name
+        wanted = pinned_at(reference)
+        listed = listing(wanted)
+        if not listed.offline:
+            fetch(wanted, listed)
+    return listed.folder, listed.commit
 
 
 def pinned_at(reference: HubReference) -> HubReference:
@@ -184,13 +187,6 @@ def explained(reference: HubReference, what: str = "model") -> Iterator[None]:
             f"{reference}: the download failed ({_first_line(error)})",
             "Run the same command again.",
         ) from None
-
-
-def _fetch(reference: HubReference) -> Path:
-    listed = listing(reference)
-    if not listed.offline:
-        fetch(reference, listed)
-    return listed.folder
 
 
 def fetch(reference: HubReference, listed: Listing) -> None:

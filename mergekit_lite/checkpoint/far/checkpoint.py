@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mergekit_lite.checkpoint.announce import turn
-from mergekit_lite.checkpoint.far.fetcher import BLOCK, FETCHER, Block, at_once
+from mergekit_lite.checkpoint.far.fetcher import BLOCK, FETCHER, FIRST, Block, at_once
 from mergekit_lite.checkpoint.far.transport import Transport
 from mergekit_lite.checkpoint.header import Header, parse_header, read_length
 from mergekit_lite.checkpoint.known import KNOWN
@@ -28,8 +28,6 @@ __all__ = ["FarCheckpoint", "FarFile"]
 
 _EARLY = 96 << 20
 """Bytes of all files that may wait for their turn to be hashed."""
-_FIRST = 4
-"""Attempts to reach a server at all; one that answered is tried for longer."""
 
 
 class FarFile:
@@ -50,10 +48,10 @@ class FarFile:
         self.path = transport.url
         self.name = transport.name
         self._transport = transport
-        prefix = FETCHER.fetch_now(transport, 0, 8, _FIRST)
+        prefix = FETCHER.fetch_now(transport, 0, 8, FIRST)
         self.size = transport.size
         length = read_length(prefix, self.size, self.path)
-        raw = FETCHER.fetch_now(transport, 8, 8 + length, _FIRST)
+        raw = FETCHER.fetch_now(transport, 8, 8 + length, FIRST)
         self.header: Header = parse_header(raw, self.size, self.path)
         self._head = hashlib.sha256(prefix + raw).hexdigest()
         self._known = transport.sha256

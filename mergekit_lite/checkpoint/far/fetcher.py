@@ -29,7 +29,7 @@ from mergekit_lite.errors import Interrupted, PackError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["BLOCK", "FETCHER", "Block", "Fetcher", "Traffic", "at_once", "cache_folder"]
+__all__ = ["BLOCK", "FETCHER", "FIRST", "Block", "Fetcher", "Traffic", "at_once", "cache_folder"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -38,6 +38,8 @@ BLOCK = 8 << 20
 """Bytes of a request: at 1 Gbit/s and 50 ms, eight of them at a time fill the line."""
 WINDOW = 160 << 20
 CONNECTIONS = 8
+FIRST = 4
+"""Attempts to reach a server at all; one that answered is tried for longer."""
 _ATTEMPTS = 8
 _PAUSE, _LONGEST = 0.2, 10.0
 

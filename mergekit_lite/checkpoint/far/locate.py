@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from mergekit_lite.checkpoint.far.checkpoint import FarCheckpoint
-from mergekit_lite.checkpoint.far.fetcher import FETCHER, at_once, cache_folder
+from mergekit_lite.checkpoint.far.fetcher import FETCHER, FIRST, at_once, cache_folder
 from mergekit_lite.checkpoint.far.transport import (
     Denied,
     FileTransport,
@@ -32,7 +32,7 @@ from mergekit_lite.checkpoint.hub import (
     pinned_at,
 )
 from mergekit_lite.checkpoint.hub import is_small as is_small_file
-from mergekit_lite.checkpoint.safetensors import INDEX_NAME, load_json, read_weight_map
+from mergekit_lite.checkpoint.safetensors import INDEX_NAME, read_weight_map
 from mergekit_lite.errors import FileFormatError, PackError
 
 __all__ = ["fetch_adapter", "open_far", "open_far_hub"]
@@ -49,7 +49,6 @@ _ASKED = (
 _SMALL = 256 << 20
 """Bytes of the largest file beside the weights; tokenizers have some 30 MB."""
 _ADAPTER = "adapter_model.safetensors"
-_FIRST = 4
 
 
 def open_far(reference: str) -> tuple[Path, str | None, FarCheckpoint]:
@@ -85,8 +84,8 @@ def open_far(reference: str) -> tuple[Path, str | None, FarCheckpoint]:
             "Leave it out; credentials come from ~/.netrc, or from where S3's tools have them.",
         )
     if scheme in ("http", "https"):
-        return (*_open_http(reference.rstrip("/")),)
-    return (*_open_listed(scheme, reference.rstrip("/")),)
+        return _open_http(reference.rstrip("/"))
+    return _open_listed(scheme, reference.rstrip("/"))
 
 
 def open_far_hub(
@@ -248,7 +247,6 @@ def _indexed(folder: Path) -> list[str]:
     """Names of the shards, of a model with an index."""
     if not (folder / INDEX_NAME).is_file():
         return []
-    load_json(folder / INDEX_NAME)
     return sorted(set(read_weight_map(folder / INDEX_NAME).values()))
 
 
@@ -258,7 +256,7 @@ def _fetched(transports: Mapping[str, Transport]) -> dict[str, bytes]:
     def fetch(item: tuple[str, Transport]) -> tuple[str, bytes | None]:
         name, transport = item
         try:
-            return name, FETCHER.fetch_now(transport, 0, _SMALL, _FIRST)
+            return name, FETCHER.fetch_now(transport, 0, _SMALL, FIRST)
         except (FileFormatError, Denied):  # some stores say the latter of what is not there
             return name, None
 
