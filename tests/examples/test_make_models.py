@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +30,8 @@ def models() -> Path:
 
 def run_maker(*arguments: str) -> str:
     command = [sys.executable, str(EXAMPLES / "make_models.py"), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,15 @@ def test_second_run_does_nothing(models):
     before = {path: path.stat().st_mtime_ns for path in models.rglob("*")}
     assert run_maker().startswith("example models are up to date in ")
     assert {path: path.stat().st_mtime_ns for path in models.rglob("*")} == before
+
+
+def test_a_run_with_nothing_to_do_waits_for_no_other(models):
+    descriptor = os.open(models.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert run_maker().startswith("example models are up to date in ")
+    finally:
+        os.close(descriptor)
 
 
 def test_up_to_date_check_imports_no_torch(models):
