@@ -21,8 +21,10 @@ from benchmarks.paths import WORK
 from benchmarks.recipes import JOBS, Job
 from benchmarks.report import table
 from benchmarks.shapes import Dtype, LlamaShape, make_family
-from mergekit_lite.merge.calibrate import known_rates, stored_of
-from mergekit_lite.merge.estimate import Estimate, budget_of, estimate_local, kinds_of, load_of
+from mergekit_lite.estimate.calibrate import known_rates, stored_of
+from mergekit_lite.estimate.kinds import budget_of, kinds_of
+from mergekit_lite.estimate.load import load_of
+from mergekit_lite.estimate.times import Estimate, estimate_local
 from mergekit_lite.merge.run import DEFAULT_MEMORY, prepare
 from mergekit_lite.merge.writer import journal_of
 from mergekit_lite.methods import ALIASES, METHODS

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mergekit_lite.merge.estimate import Cluster, Estimate, Rates
+    from mergekit_lite.estimate.load import Rates
+    from mergekit_lite.estimate.times import Cluster, Estimate
     from mergekit_lite.merge.run import Prepared
 
 __all__ = ["RATE", "Rate", "estimate", "estimate_lines", "rates_as_data"]
@@ -67,14 +68,10 @@ def estimate(
         disk: Bytes a second of this machine's disk, if not as measured.
         measure: Whether to measure, and to do so again where it was done.
     """
-    from mergekit_lite.merge.calibrate import calibrate, known_rates, stored_of
-    from mergekit_lite.merge.estimate import (
-        budget_of,
-        estimate_cluster,
-        estimate_local,
-        kinds_of,
-        load_of,
-    )
+    from mergekit_lite.estimate.calibrate import calibrate, known_rates, stored_of
+    from mergekit_lite.estimate.kinds import budget_of, kinds_of
+    from mergekit_lite.estimate.load import load_of
+    from mergekit_lite.estimate.times import estimate_cluster, estimate_local
     from mergekit_lite.merge.run import default_threads
 
     plan, inputs = prepared.plan, prepared.inputs

@@ -14,7 +14,7 @@ from mergekit_lite.text import plain
 
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint.locate import Source
-    from mergekit_lite.merge.estimate import Cluster
+    from mergekit_lite.estimate.times import Cluster
     from mergekit_lite.merge.plan import Plan, PlannedTensor
     from mergekit_lite.merge.run import Prepared
 
@@ -122,7 +122,7 @@ def _cluster(
     disk: float | None,
     shared: float | None,
 ) -> Cluster:
-    from mergekit_lite.merge.estimate import Cluster
+    from mergekit_lite.estimate.times import Cluster
     from mergekit_lite.merge.run import default_threads
 
     cores = cores or default_threads()

@@ -15,21 +15,16 @@ import torch
 
 from benchmarks.hollow import trillion_shapes, write_hollow
 from mergekit_lite.cli.estimating import RATE, estimate_lines
-from mergekit_lite.merge.calibrate import _Spent, calibrate, known_rates, stored_of
-from mergekit_lite.merge.estimate import (
+from mergekit_lite.estimate.calibrate import calibrate, known_rates, stored_of
+from mergekit_lite.estimate.kinds import Kinds, budget_of, kinds_of
+from mergekit_lite.estimate.load import Load, Rates, ShardLoad, Stored, load_of
+from mergekit_lite.estimate.sample import Spent
+from mergekit_lite.estimate.times import (
     FLUSH_BYTES,
     TASK_SECONDS,
     Cluster,
-    Kinds,
-    Load,
-    Rates,
-    ShardLoad,
-    Stored,
-    budget_of,
     estimate_cluster,
     estimate_local,
-    kinds_of,
-    load_of,
 )
 from mergekit_lite.merge.run import Prepared, prepare
 from mergekit_lite.methods import ALIASES, METHODS
@@ -304,9 +299,9 @@ def test_measured_once_and_then_known(
         tmp_path / "r.yaml", "dare_ties", {"a": {"density": 0.5}, "b": {"density": 0.5}},
         base_model="base",
     )  # fmt: skip
-    monkeypatch.setattr("mergekit_lite.merge.calibrate._SAMPLE_BYTES", 1 << 20)
-    monkeypatch.setattr("mergekit_lite.merge.calibrate._TENSOR_ELEMENTS", 1 << 16)
-    monkeypatch.setattr("mergekit_lite.merge.calibrate._DISK_BYTES", 1 << 23)
+    monkeypatch.setattr("mergekit_lite.estimate.sample._SAMPLE_BYTES", 1 << 20)
+    monkeypatch.setattr("mergekit_lite.estimate.sample._TENSOR_ELEMENTS", 1 << 16)
+    monkeypatch.setattr("mergekit_lite.estimate.calibrate._DISK_BYTES", 1 << 23)
     assert "--measure" in pack("plan", recipe, cwd=tmp_path).out
     ran = pack("plan", "--measure", recipe, cwd=tmp_path)
     assert ran.code == 0, ran.err
@@ -345,10 +340,10 @@ def test_every_sort_of_method_is_measured(
     random_models(tmp_path, dtype=torch.float16)
     found = prepared(write_recipe(tmp_path / "r.yaml", method, models, **options))
     found.inputs.close()
-    monkeypatch.setattr("mergekit_lite.merge.calibrate._SAMPLE_BYTES", 1 << 20)
-    monkeypatch.setattr("mergekit_lite.merge.calibrate._TENSOR_ELEMENTS", 1 << 16)
-    monkeypatch.setattr("mergekit_lite.merge.calibrate._DISK_BYTES", 1 << 23)
-    monkeypatch.setattr("mergekit_lite.merge.calibrate._start", lambda plan: _Spent(0.5, 0.4))
+    monkeypatch.setattr("mergekit_lite.estimate.sample._SAMPLE_BYTES", 1 << 20)
+    monkeypatch.setattr("mergekit_lite.estimate.sample._TENSOR_ELEMENTS", 1 << 16)
+    monkeypatch.setattr("mergekit_lite.estimate.calibrate._DISK_BYTES", 1 << 23)
+    monkeypatch.setattr("mergekit_lite.estimate.calibrate._start", lambda plan: Spent(0.5, 0.4))
     kinds = sorted_kinds(found)
     assert known_rates(kinds, 1) is None
     rates = calibrate(kinds, 10**8, 1, tmp_path)
@@ -367,8 +362,8 @@ def test_four_models_of_a_trillion_weights_are_planned(tmp_path: Path) -> None:
         tmp_path / "r.yaml", "ties", {"a": each, "b": each, "c": each}, base_model="base"
     )
     code = (
-        "import sys, mergekit_lite.merge.calibrate as c\n"
-        "c._SAMPLE_BYTES, c._TENSOR_ELEMENTS, c._DISK_BYTES = 1 << 22, 1 << 18, 1 << 23\n"
+        "import mergekit_lite.estimate.calibrate as c, mergekit_lite.estimate.sample as s\n"
+        "s._SAMPLE_BYTES, s._TENSOR_ELEMENTS, c._DISK_BYTES = 1 << 22, 1 << 18, 1 << 23\n"
         "from mergekit_lite.cli import main; main()"
     )
     options = ["--engine", "ray", "--nodes", "64", "--cores", "32", "--network", "25Gbit"]
