@@ -1,8 +1,8 @@
 """What this machine does in a second, measured with the kernels and readers of a merge.
 
 Random models of the types and parameters of a recipe lie in memory as files do in the page cache.
-They are merged by the scheduler of a real run on as many threads, into a file in memory that is
-written and hashed as files of a result are. Digests of inputs and the disk are measured by
+They are merged by the scheduler of a real run on as many threads, into a file that is written and
+hashed as files of a result are. Digests of inputs and the disk are measured by
 themselves. The rates are kept in the user's cache folder under pack's version, the processor, the
 threads and what was measured.
 """
@@ -76,14 +76,14 @@ def calibrate(
         kinds: Of the plan; no weight of its models is read.
         memory: Bytes that may be held between the passes of a tensor.
         threads: How many are busy at once; more than there are cores make no sense.
-        folder: Whose disk is measured; it must exist.
+        folder: Whose disk is measured, on which samples are merged; it must exist.
         note: Told what is measured.
     """
     elements = {}
     tensor = 0.0
     for kind in _measured(kinds):
         note(f"measuring {kind.signature}")
-        sample = Sample(kinds, kind)
+        sample = Sample(kinds, kind, folder)
         try:
             elements[kind.signature] = sample.element_seconds(threads, memory)
             tensor = tensor or sample.tensor_seconds(threads, memory)

@@ -1,4 +1,7 @@
-"""A merge of random models in memory that costs what a real one of the same kind does."""
+"""A merge of random models that costs what a real one of the same kind does.
+
+The models lie in memory, as files do in the page cache; the result is written, hashed and deleted.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shutil import disk_usage
 from typing import NamedTuple
 
 import numpy as np
@@ -176,8 +178,9 @@ def _buffer(size: int) -> Array:
 class Sample:
     """Random models whose merge costs as much for each element as tensors of a kind do."""
 
-    def __init__(self, kinds: Kinds, kind: Kind) -> None:
+    def __init__(self, kinds: Kinds, kind: Kind, folder: Path) -> None:
         self._kind = kind
+        self._folder = folder
         self._plan = kinds.plan
         example = kind.example
         names = list(dict.fromkeys(model for model, _ in example.sources))
@@ -241,7 +244,7 @@ class Sample:
             statistic.settle(index)
             index += 1
         starts = list(itertools.accumulate((t.spec.nbytes for t in tensors.values()), initial=0))
-        with _result(starts[-1]) as file:
+        with _result(self._folder, starts[-1]) as file:
             jobs = (
                 _SampleJob(merged.open(n), file, at) for n, at in zip(names, starts, strict=False)
             )
@@ -262,11 +265,9 @@ class Sample:
 
 
 @contextlib.contextmanager
-def _result(size: int) -> Iterator[SegmentedFile]:
-    """A file of a result, in memory where the system has a place for that."""
-    memory = Path("/dev/shm")  # noqa: S108
-    room = memory.is_dir() and os.access(memory, os.W_OK) and disk_usage(memory).free > 2 * size
-    with tempfile.TemporaryDirectory(prefix="pack-rate-", dir=memory if room else None) as name:
+def _result(folder: Path, size: int) -> Iterator[SegmentedFile]:
+    """A file of a result, on the disk that results go to: writing costs a core too."""
+    with tempfile.TemporaryDirectory(prefix=".pack-rate-", dir=folder) as name:
         file = SegmentedFile(Path(name) / "sample", size)
         try:
             yield file
