@@ -15,10 +15,9 @@ if TYPE_CHECKING:
     from mergekit_lite.merge.address import Address
 
 __all__ = [
-    "ACCEPT", "CACHE", "OUTPUT", "OUTPUT_ANYWHERE", "PROFILE", "REASON", "SIZE", "TEXT", "Output",
-    "RecipePath", "Size", "TextSource", "accepted_licences", "complete_merge", "engine_options",
-    "human_bytes", "make_engine",
-    "split_method",
+    "ACCEPT", "CACHE", "ENGINE", "OUTPUT", "OUTPUT_ANYWHERE", "PROFILE", "REASON", "SIZE", "TEXT",
+    "Output", "RecipePath", "Size", "TextSource", "accepted_licences", "complete_merge",
+    "engine_options", "human_bytes", "make_engine", "split_method",
 ]  # fmt: skip
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -134,8 +133,10 @@ REASON = click.option(
 )  # fmt: skip
 
 
+ENGINE = click.Choice(["local", "ray"])
+
 _ENGINE = click.option(
-    "--engine", "engine_name", type=click.Choice(["local", "ray"]), default="local",
+    "--engine", "engine_name", type=ENGINE, default="local",
     show_default=True,
     help="Where it is computed: this process, or a Ray cluster, a task per output file.",
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_lite.cli.estimating import RATE, estimate, estimate_lines, rates_as_data
-from mergekit_lite.cli.options import SIZE, complete_merge, human_bytes, split_method
+from mergekit_lite.cli.options import ENGINE, SIZE, complete_merge, human_bytes, split_method
 from mergekit_lite.text import plain
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ __all__ = ["command"]
 @click.option("--shard-size", type=SIZE, default="2GB", show_default=True, help="Bytes of a file.")
 @click.option("--tensors", is_flag=True, help="Show every tensor.")
 @click.option(
-    "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+    "--engine", type=ENGINE, default="local", show_default=True,
     help="What would run it; with ray, the time on --nodes is estimated.",
 )  # fmt: skip
 @click.option("--nodes", type=click.IntRange(1), help="Machines of the cluster.  [default: 1]")
