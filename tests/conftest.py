@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from mergekit_lite import collector
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +48,9 @@ def pack(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
                 code = 0
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 1
+            finally:
+                collector.resume()
+                gc.unfreeze()  # this process goes on
         out, err = capfd.readouterr()
         return Ran(code, out, err)
 

@@ -16,6 +16,7 @@ from mergekit_lite.errors import PackError
 __all__ = ["Layer", "LayerMap", "is_input_side", "layer_count_keys", "map_layers"]
 
 _INPUT = re.compile(r"(^|[._])(emb|embeds?|embedd?ings?|wte|wpe)([._]|$)")
+_LAYER = re.compile(r"(.*?\.)([0-9]{1,6})(\..*)", re.DOTALL)
 _COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
 
 
@@ -88,11 +89,9 @@ def map_layers(names: Iterable[str], config: Mapping[str, object]) -> LayerMap:
 
 
 def _split(name: str) -> Layer | None:
-    parts = name.split(".")
-    for at, part in enumerate(parts):
-        if part.isascii() and part.isdigit() and 0 < at < len(parts) - 1 and len(part) < 7:
-            return Layer(".".join(parts[:at]) + ".", int(part), "." + ".".join(parts[at + 1 :]))
-    return None
+    """The first number between two dots, and what stands around it."""
+    found = _LAYER.fullmatch(name)
+    return Layer(found[1], int(found[2]), found[3]) if found else None
 
 
 def _main(

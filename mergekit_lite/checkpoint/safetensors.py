@@ -239,22 +239,23 @@ def read_weight_map(index: Path) -> dict[str, str]:
     weight_map = load_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFormatError(f"{index}: has no 'weight_map'", "Download the file again.")
+    seen: set[str] = set()
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             raise FileFormatError(f"{index}: gives no file name for the tensor '{name}'")
-        pure = PurePosixPath(shard)
-        if (
-            pure.is_absolute()
-            or ".." in pure.parts
-            or "\\" in shard
-            or "\0" in shard
-            or not pure.parts
-        ):
-            raise FileFormatError(
-                f"{index}: names a file outside the model's folder "
-                f"for the tensor '{name}' ({shard!r:.80})",
-                "Do not use this model; its index was tampered with.",
-            )
-        if not shard.endswith(".safetensors"):
-            raise FileFormatError(f"{index}: '{shard}' is not a safetensors file")
+        if shard not in seen:
+            seen.add(shard)
+            _check_shard_name(index, name, shard)
     return weight_map
+
+
+def _check_shard_name(index: Path, name: str, shard: str) -> None:
+    pure = PurePosixPath(shard)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in shard or "\0" in shard or not pure.parts:
+        raise FileFormatError(
+            f"{index}: names a file outside the model's folder "
+            f"for the tensor '{name}' ({shard!r:.80})",
+            "Do not use this model; its index was tampered with.",
+        )
+    if not shard.endswith(".safetensors"):
+        raise FileFormatError(f"{index}: '{shard}' is not a safetensors file")

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 import mergekit_lite
+from mergekit_lite import collector
 from mergekit_lite.errors import Interrupted, PackError
 from mergekit_lite.text import plain
 
@@ -93,6 +94,7 @@ def main() -> None:
     Exit codes: 0 done, 1 the input or the world is at fault, 2 wrong usage, 130 stopped.
     """
     signal.signal(signal.SIGTERM, _on_terminate)
+    collector.put_off()
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("PACK_DEBUG"))
     sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug"]  # wherever it stands
     try:

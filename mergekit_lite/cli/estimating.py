@@ -55,6 +55,7 @@ def estimate(
     threads: int | None,
     cluster: Cluster | None,
     disk: float | None,
+    planning: float,
     *,
     measure: bool,
 ) -> tuple[Estimate, Rates] | None:
@@ -66,6 +67,7 @@ def estimate(
         threads: Worker threads on this machine; all cores if None.
         cluster: Machines to estimate for; this one if None.
         disk: Bytes a second of this machine's disk, if not as measured.
+        planning: Seconds of one core that it took to prepare the merge.
         measure: Whether to measure, and to do so again where it was done.
     """
     from mergekit_lite.estimate.calibrate import calibrate, known_rates, stored_of
@@ -85,7 +87,7 @@ def estimate(
             return None
         note = lambda text: click.echo(f"{text} …", err=True)  # noqa: E731
         rates = calibrate(kinds, held, busy, Path(), note)
-    load = load_of(kinds, rates, stored_of(inputs))
+    load = load_of(kinds, rates, stored_of(inputs), planning=planning)
     if cluster is None:
         return estimate_local(load, busy, disk, disk), rates
     return estimate_cluster(load, cluster), rates
@@ -101,6 +103,8 @@ def estimate_lines(found: Estimate, rates: Rates) -> Iterator[str]:
         yield f"  {'tail':<8} {_time(first.tail):>9}  until the busiest is done"
     if found.flush > 0.005 * found.seconds:
         yield f"  {'flush':<8} {_time(found.flush):>9}  what is on its way to the disk at the end"
+    if found.planning > 0.005 * found.seconds:
+        yield f"  {'plan':<8} {_time(found.planning):>9}  opening the models and planning"
     yield f"  {'start':<8} {_time(found.start):>9}  interpreter, compiled kernels, lock"
     cores = f"{rates.cores} core{'s' * (rates.cores != 1)} busy"
     yield f"  what is longest counts; rates were measured here, on {rates.machine}, {cores}"

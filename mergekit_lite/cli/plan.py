@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -88,10 +89,12 @@ def command(
             f"{path}: makes {recipe.output}; a plan is of a whole model",
             f"See what goes in: pack inspect {path}",
         )
+    began = time.process_time()
     with looking():
         prepared = prepare(recipe, path.parent, max(1, shard_size))
+    planning = time.process_time() - began
     try:
-        found = estimate(prepared, memory, threads, cluster, disk, measure=measure)
+        found = estimate(prepared, memory, threads, cluster, disk, planning, measure=measure)
         if as_json:
             document = prepared.plan.describe()
             if found is not None:

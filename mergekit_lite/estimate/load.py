@@ -88,6 +88,7 @@ class Load:
         what: The kind that most elements are of, in words.
         missing: Kinds whose rate is not known; that of the slowest known kind was taken.
         adapted: Whether a model has adapters, whose products no rate contains.
+        planning: Seconds of one core to open the models and to plan.
     """
 
     shards: Sequence[ShardLoad]
@@ -96,6 +97,7 @@ class Load:
     what: str
     missing: Sequence[str] = ()
     adapted: bool = False
+    planning: float = 0.0
 
     @property
     def work(self) -> float:
@@ -118,6 +120,7 @@ def load_of(
     rates: Rates,
     stored: Mapping[str, Stored],
     done: Collection[str] = (),
+    planning: float = 0.0,
 ) -> Load:
     """Reckon what each file of a result costs.
 
@@ -126,6 +129,7 @@ def load_of(
         rates: Measured; kinds that they lack cost as much as the slowest that they have.
         stored: How each model lies on the disk, by its name; as in `Inputs`.
         done: Names of files that an earlier run finished.
+        planning: Seconds of one core that it took to open the models and to plan.
     """
     plan, inputs = kinds.plan, kinds.inputs
     slowest = max(rates.elements.values(), default=0.0)
@@ -171,6 +175,7 @@ def load_of(
         what=what,
         missing=tuple(missing),
         adapted=any(model.source.parts for model in inputs.values()),
+        planning=planning,
     )
 
 

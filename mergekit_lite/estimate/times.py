@@ -16,7 +16,8 @@ hashed from first to last, one after the other, which no number of threads makes
 written × hashing``. Reading (what the page cache does not hold), computing, hashing and writing
 overlap::
 
-    time = start + max(read, compute, hash, write) + flush of what is on its way to the disk
+    time = start + planning + max(read, compute, hash, write)
+         + flush of what is on its way to the disk
 
 A cluster: a file is a task on one slot, a slot is ``threads`` cores of a node, and files go in
 order to the first slot that is free. The busiest node decides for network and disk, the last slot
@@ -25,7 +26,7 @@ to its node over the network once for each pass over the model, and every byte o
 once; both directions of the network work at once. Digests that are not known are taken as the bytes
 pass. Through a disk that is stated goes all that a node reads and writes::
 
-    time = start + max(network, shared storage, disk, compute)
+    time = start + 4 × planning + max(network, shared storage, disk, compute)
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ FLUSH_BYTES = 8 << 22
 """What is on its way to the disk when the last byte is computed: the window of `merge.segments`."""
 TASK_SECONDS = 0.02
 """For a scheduler to hand out a task and to take its result."""
+PLANNED = 4
+"""Times in turn that a merge on a cluster is planned: by the program, when each node is asked
+whether it can take part, by each worker before its first file, and in the end, to see that the
+inputs are what they were."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class Estimate:
     Attributes:
         seconds: From start to end.
         start: Of which start and end of the program.
+        planning: Of which opening the models and planning, as often as that is waited for.
         flush: Of which waiting for the disk after the last byte is computed.
         work: Seconds of one core for all of it.
         stages: What overlaps; the longest first.
@@ -109,6 +115,7 @@ class Estimate:
 
     seconds: float
     start: float
+    planning: float
     flush: float
     work: float
     stages: Sequence[Stage]
@@ -127,6 +134,7 @@ class Estimate:
             "bottleneck": self.bottleneck,
             "where": self.where,
             "start": self.start,
+            "planning": self.planning,
             "flush": self.flush,
             "work": self.work,
             "stages": [
@@ -160,6 +168,7 @@ def estimate_local(
     hashed = rates.hashing / min(1.0, rates.share)
     chain = max(load.written, load.chain) * hashed
     start = max(rates.start, rates.waiting)
+    planning = load.planning / rates.share
     stages = [
         _plain("compute", compute, f"{_computing(load, threads)}{_shared(rates)}"),
         _plain("hash", chain, f"{_bytes(max(load.written, load.chain))} in their order at "
@@ -171,10 +180,11 @@ def estimate_local(
     stages.sort(key=lambda stage: -stage.seconds)
     flush = min(load.written, FLUSH_BYTES) / writing if load.shards else 0.0
     return Estimate(
-        seconds=start + stages[0].seconds + flush,
+        seconds=start + planning + stages[0].seconds + flush,
         start=start,
+        planning=planning,
         flush=flush,
-        work=rates.start + load.work,
+        work=rates.start + load.planning + load.work,
         stages=stages,
         where=f"this machine, {threads} thread{'s' * (threads != 1)}",
         notes=tuple(_notes(load)),
@@ -225,11 +235,13 @@ def estimate_cluster(load: Load, cluster: Cluster) -> Estimate:
             f"{_count(nodes, 'node')} at {_rate(disk)}",
         ))  # fmt: skip
     stages.sort(key=lambda stage: -stage.seconds)
+    planning = PLANNED * load.planning
     return Estimate(
-        seconds=rates.start + stages[0].seconds,
+        seconds=rates.start + planning + stages[0].seconds,
         start=rates.start,
+        planning=planning,
         flush=0.0,
-        work=rates.start + load.work,
+        work=rates.start + load.planning + load.work,
         stages=stages,
         where=f"{_count(nodes, 'node')} of {_count(cluster.cores, 'core')}",
         notes=tuple(_notes(load)),

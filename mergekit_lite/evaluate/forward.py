@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from inspect import signature
 from typing import Any
 
+from mergekit_lite import collector
 from mergekit_lite.adapters.names import ModelNames
 from mergekit_lite.checkpoint.protocol import Checkpoint
 from mergekit_lite.errors import PackError
@@ -57,6 +58,7 @@ def set_threads(count: int) -> None:
     import torch
 
     torch.set_num_threads(count)
+    collector.resume()
 
 
 class _Reached(Exception):

@@ -104,14 +104,14 @@ def _whole(
     """Every tensor from the tensor of the same name in all models."""
     taking_part = {e.model: inputs[e.model] for e in entries} | ({base.name: base} if base else {})
     shared = (recipe.settings(),)
+    stated = [(inputs[e.model], (e.settings(), *shared)) for e in entries]
     result: list[Assignment] = []
     missing: list[str] = []
     for name in _output_names(list(taking_part.values()), inputs.template, notes, missing):
         like = next(m.checkpoint.spec(name) for m in taking_part.values() if m.find(name))
         found = {model.name: model.find(name, like) for model in taking_part.values()}
         ingredients = tuple(
-            Ingredient(inputs[e.model], found[e.model] or name, (e.settings(), *shared))
-            for e in entries
+            Ingredient(model, found[model.name] or name, levels) for model, levels in stated
         )
         result.append(
             Assignment(

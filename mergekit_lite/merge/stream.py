@@ -13,6 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
+from mergekit_lite import collector
 from mergekit_lite.checkpoint.far.fetcher import FETCHER
 from mergekit_lite.checkpoint.protocol import CHUNK_ELEMENTS, Rows, TensorReader
 from mergekit_lite.errors import Interrupted
@@ -178,6 +179,7 @@ def run_jobs(
     Raises:
         Interrupted: The user pressed Ctrl-C; the pieces under way have ended.
     """
+    collector.resume()
     scheduler = _Scheduler(jobs, memory, progress, abort)
     workers = [
         threading.Thread(target=scheduler.work, name=f"pack-{i}", daemon=True)

@@ -283,6 +283,16 @@ def test_options_of_a_cluster_need_its_engine(pack: Callable, tmp_path: Path) ->
 # What is printed.
 
 
+def test_planning_is_waited_for_once_here_and_four_times_on_a_cluster() -> None:
+    given = replace(load([8.0] * 4), planning=3.0)
+    here = estimate_local(given, 2)
+    assert (here.planning, here.seconds) == (3.0, 1.0 + 3.0 + 16.0 + here.flush)
+    there = estimate_cluster(given, Cluster(4, 1, network=1e12))
+    assert there.planning == 12.0
+    assert there.seconds == pytest.approx(1.0 + 12.0 + 8.0 + TASK_SECONDS)
+    assert any(line.split()[:2] == ["plan", "12.0"] for line in estimate_lines(there, RATES))
+
+
 def test_lines_name_bottleneck_and_reason() -> None:
     found = estimate_cluster(load([1.0] * 5), Cluster(2, 4, network=25e9 / 8))
     lines = list(estimate_lines(found, RATES))
@@ -312,7 +322,8 @@ def test_measured_once_and_then_known(
     assert "this machine" in line
     document = json.loads(pack("plan", "--json", recipe, cwd=tmp_path).out)["estimate"]
     stages = [stage["seconds"] for stage in document["stages"]]
-    assert document["seconds"] == pytest.approx(document["start"] + max(stages) + document["flush"])
+    around = document["start"] + document["planning"] + document["flush"]
+    assert document["seconds"] == pytest.approx(around + max(stages))
     assert next(iter(document["rates"]["seconds_per_element"].values())) > 0
     assert not list(tmp_path.glob(".pack-rate*"))
 
