@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from mergekit_lite.checkpoint.far.cache import BlockCache
 from mergekit_lite.checkpoint.far.checkpoint import _EARLY, FarFile, _Digest
 from mergekit_lite.checkpoint.far.fetcher import FETCHER, Block, Fetcher, at_once, cache_folder
 from mergekit_lite.checkpoint.far.locate import _fetched, _kept, fetch_adapter
@@ -260,8 +263,57 @@ def test_local_cache(pack: Pack, server: FarServer, models: Path, tmp_path: Path
     for name in NAMES:  # the head, and whether it is still the same
         assert sum(b - a for a, b in server.asked[f"{name}/model.safetensors"]) < 2000
     blocks = tmp_path / "cache" / "pack" / "blocks"
-    assert pack("merge", recipe, "-o", tmp_path / "3", "--cache", "20KB").code == 0
+    for path in blocks.glob("*/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    server.asked.clear()
+    assert pack("merge", recipe, "-o", tmp_path / "3", "--cache", "10MB").code == 0
+    assert digests(tmp_path / "1") == digests(tmp_path / "3")
+    for name in NAMES:  # what was damaged on the disk is fetched again
+        size = (models / name / "model.safetensors").stat().st_size
+        assert sum(b - a for a, b in server.asked[f"{name}/model.safetensors"]) == size + 1
+    assert pack("merge", recipe, "-o", tmp_path / "4", "--cache", "20KB").code == 0
     assert sum(path.stat().st_size for path in blocks.rglob("*") if path.is_file()) <= 20_000
+
+
+def test_a_cached_block_of_another_place(tmp_path: Path) -> None:
+    """A block is used for the state and the range of a file that it was kept for alone."""
+    cache = BlockCache(tmp_path, 10_000)
+    for state in ("a", "b"):
+        cache.keep(state, 0, 4, state.encode() * 4)
+    cache.keep("a", 4, 8, b"next")
+    assert [cache.find(*at) for at in (("a", 0, 4), ("a", 4, 8))] == [b"aaaa", b"next"]
+    first, second = sorted(tmp_path.glob("*/0-4"))
+    first.write_bytes(second.read_bytes())
+    (first.parent / "8-12").write_bytes(b"")
+    held = [cache.find(state, 0, 4) for state in "ab"]
+    assert sorted(map(str, held)) in (["None", "b'aaaa'"], ["None", "b'bbbb'"])
+    assert not first.exists()
+    assert [cache.find(state, 8, 12) for state in "ab"] == [None, None]
+
+
+def test_processes_that_share_a_cache(tmp_path: Path) -> None:
+    """Together they keep to the limit, whatever goes meanwhile, and what they keep can be found."""
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from mergekit_lite.checkpoint.far.cache import BlockCache\n"
+        "cache = BlockCache(Path(sys.argv[1]), 50_000); sys.stdin.read()\n"
+        "for at in range(40):\n"
+        "    cache.keep(sys.argv[2], at, at + 2000, bytes(2000))\n"
+        "    cache.find(sys.argv[2], at, at + 2000)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    several = [subprocess.Popen([*command, name], stdin=subprocess.PIPE) for name in "xyz"]
+    for process in several:
+        assert process.stdin is not None
+        process.stdin.close()
+    assert [process.wait(120) for process in several] == [0, 0, 0]
+    files = [path for path in tmp_path.glob("*/*") if path.is_file()]
+    assert 40_000 <= sum(path.stat().st_size for path in files) <= 50_000
+    cache = BlockCache(tmp_path, 50_000)
+    found = [cache.find(name, at, at + 2000) for name in "xyz" for at in range(40)]
+    assert sum(data is not None for data in found) == len(files)
 
 
 def test_a_plan_fetches_no_weights(pack: Pack, server: FarServer, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ broke off, after a pause that grows.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import heapq
 import os
 import random
@@ -28,6 +27,8 @@ from mergekit_lite.errors import Interrupted, PackError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from mergekit_lite.checkpoint.far.cache import BlockCache
 
 __all__ = ["BLOCK", "FETCHER", "FIRST", "Block", "Fetcher", "Traffic", "at_once", "cache_folder"]
 
@@ -115,7 +116,7 @@ class Fetcher:
         self._busy = 0
         self._since = 0.0
         self._threads: list[threading.Thread] = []
-        self._cache: _Cache | None = None
+        self._cache: BlockCache | None = None
 
     def ask(
         self, block: Block, transport: Transport, arrived: Callable[..., None], key: tuple[int, int]
@@ -306,7 +307,7 @@ class Fetcher:
     ) -> bytes:
         cache = self._local(transport)
         if cache is not None:
-            held = cache.find(transport, start, stop)
+            held = cache.find(transport.identity, start, stop)
             if held is not None:
                 with self._changed:
                     self.traffic.cached += len(held)
@@ -326,7 +327,7 @@ class Fetcher:
         with self._changed:
             self.traffic.received += len(got) if transport.host else 0
         if cache is not None:
-            cache.keep(transport, start, stop, got)
+            cache.keep(transport.identity, start, stop, got)
         return got
 
     def check(self, transport: Transport) -> None:
@@ -377,11 +378,13 @@ class Fetcher:
                 if self._busy == 0:
                     self.traffic.seconds += time.monotonic() - self._since
 
-    def _local(self, transport: Transport) -> _Cache | None:
+    def _local(self, transport: Transport) -> BlockCache | None:
         if self.cache_bytes <= 0 or not transport.identity:
             return None
         if self._cache is None or self._cache.limit != self.cache_bytes:
-            self._cache = _Cache(cache_folder() / "blocks", self.cache_bytes)
+            from mergekit_lite.checkpoint.far.cache import BlockCache
+
+            self._cache = BlockCache(cache_folder() / "blocks", self.cache_bytes)
         return self._cache
 
 
@@ -428,68 +431,6 @@ def at_once(function: Callable[[T], R], items: Iterable[T], most: int = 16) -> l
 def cache_folder() -> Path:
     """Where pack keeps what it can fetch or compute again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pack"
-
-
-class _Cache:
-    """Blocks on this disk, the least lately used of which go when there are too many.
-
-    A cache that cannot be written is no error.
-    """
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.limit = limit
-        self._folder = folder
-        self._lock = threading.Lock()
-        self._sizes: dict[Path, int] = {}
-        with contextlib.suppress(OSError):
-            found = [(path, path.stat()) for path in folder.glob("*/*-*") if path.is_file()]
-            found.sort(key=lambda item: item[1].st_mtime_ns)
-            self._sizes = {path: stat.st_size for path, stat in found}
-        self._total = sum(self._sizes.values())
-        with contextlib.suppress(OSError):
-            self._make_room(0)
-
-    def _path(self, transport: Transport, start: int, stop: int) -> Path:
-        state = hashlib.sha256(transport.identity.encode()).hexdigest()[:32]
-        return self._folder / state / f"{start}-{stop}"
-
-    def _make_room(self, count: int) -> None:
-        while self._sizes and self._total + count > self.limit:
-            oldest = next(iter(self._sizes))
-            self._total -= self._sizes.pop(oldest)
-            oldest.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                oldest.parent.rmdir()
-
-    def find(self, transport: Transport, start: int, stop: int) -> bytes | None:
-        """A block, if it is there whole."""
-        path = self._path(transport, start, stop)
-        with contextlib.suppress(OSError):
-            data = path.read_bytes()
-            if len(data) == stop - start:
-                os.utime(path)
-                with self._lock:
-                    self._total += 0 if path in self._sizes else len(data)
-                    self._sizes[path] = self._sizes.pop(path, len(data))
-                return data
-        return None
-
-    def keep(self, transport: Transport, start: int, stop: int, data: bytes) -> None:
-        """Take a block in, and let others go for it."""
-        if len(data) > self.limit:
-            return
-        path = self._path(transport, start, stop)
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-            beside.write_bytes(data)
-            with self._lock:
-                self._total -= self._sizes.pop(path, 0)
-                self._make_room(len(data))
-                path.parent.mkdir(exist_ok=True)
-                beside.rename(path)
-                self._total += len(data)
-                self._sizes[path] = len(data)
 
 
 FETCHER = Fetcher()
