@@ -410,13 +410,35 @@ def test_times_of_change_that_tell_states_apart(
     assert bool(transport.identity) == told
 
 
-def test_names_of_shards_that_are_no_urls(pack: Pack, server: FarServer, models: Path) -> None:
-    shard = "a b#c%41+?.safetensors"
-    (models / "a" / "model.safetensors").rename(models / "a" / shard)
+def put_shard(model: Path, shard: str) -> None:
+    """Give the only shard of a model another name, which an index states."""
+    path = model / shard
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (model / "model.safetensors").rename(path)
     index = {"weight_map": dict.fromkeys(SHAPES, shard)}
-    (models / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "shard", ["a b#c%41+?.safetensors", "sub/deep er/x.safetensors", "./x.safetensors"]
+)
+def test_names_of_shards_that_are_no_urls(
+    shard: str, pack: Pack, server: FarServer, models: Path
+) -> None:
+    put_shard(models / "a", shard)
     ran = pack("inspect", f"{server.url}/a")
     assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize("shard", ["../b/model", "/b/model", "..\\b", "sub/../../b/model"])
+def test_names_of_shards_that_lie_elsewhere(
+    shard: str, pack: Pack, server: FarServer, models: Path
+) -> None:
+    index = {"weight_map": dict.fromkeys(SHAPES, f"{shard}.safetensors")}
+    (models / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
+    ran = pack("inspect", f"{server.url}/a")
+    assert ran.code == 1
+    assert "names a file outside the model's folder" in ran.err
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -610,6 +632,15 @@ def test_s3(pack: Pack, models: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             file.read(0, np.empty(file.size, np.uint8))
         with pytest.raises(PackError, match="changed while"):
             file.finish()
+        put_shard(models / "b", "sub/deep/x.safetensors")
+        names = ("config.json", "model.safetensors.index.json", "sub/deep/x.safetensors")
+        for name in names:
+            client.upload_file(str(models / "b" / name), "models", f"deep/sharded/{name}")
+        ran = pack("inspect", "s3://models/deep/sharded")
+        assert ran.code == 0, ran.err
+        client.delete_object(Bucket="models", Key=f"deep/sharded/{names[-1]}")
+        ran = pack("inspect", "s3://models/deep/sharded")
+        assert "names the shard 'sub/deep/x.safetensors', which is not there" in ran.err
         ran = pack("inspect", "s3://models/deep/none")
         assert (ran.code, "Traceback" in ran.err) == (1, False)
         ran = pack("inspect", "s3://no-such-bucket/x")

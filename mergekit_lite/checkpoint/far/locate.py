@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -144,7 +144,7 @@ def _safetensors(names: Sequence[str], label: str) -> list[str]:
                 "Download the model, and give its folder.",
             )
         if name.startswith("/") or ".." in name.split("/") or "\\" in name:
-            raise FileFormatError(f"{label}: the index names a file outside the model")
+            raise FileFormatError(f"{label}: the index names a file outside the model ('{name}')")
     return sorted(names)
 
 
@@ -157,7 +157,10 @@ def _open_http(url: str) -> tuple[Path, None, FarCheckpoint]:
     folder = _kept(url, small)
     usual = _ADAPTER if "adapter_config.json" in small else "model.safetensors"
     names = _indexed(folder) or [usual]
-    transports = [HttpTransport(f"{url}/{quote(n)}", n, headers) for n in _safetensors(names, url)]
+    transports = [
+        HttpTransport(f"{url}/{quote(str(PurePosixPath(n)))}", n, headers)
+        for n in _safetensors(names, url)
+    ]
     return folder, None, FarCheckpoint(url, folder, transports)
 
 
@@ -176,19 +179,33 @@ def _open_listed(scheme: str, url: str) -> tuple[Path, None, FarCheckpoint]:
     weights = sorted(n for n in found if fnmatchcase(n, "*.safetensors"))
     if "model.safetensors" in weights:
         weights = ["model.safetensors"]
-    names = _indexed(folder) or weights
+    names = _safetensors(_indexed(folder) or weights, url)
     if not names:
         raise PackError(
             f"{url}: holds no weights (*.safetensors)", "Check the address; it names a folder."
         )
     for name in names:
-        if name not in found:
-            raise FileFormatError(
-                f"{url}/{INDEX_NAME}: names the shard '{name}', which is not there",
-                "Finish the upload of the model.",
-            )
-    transports = [transport(found[n], n) for n in _safetensors(names, url)]
+        if "/" not in name and name not in found:
+            raise _no_shard(url, name)
+
+    def shard(name: str) -> Transport:
+        """One by its name in the index; those in folders below were not listed."""
+        try:
+            return transport(found.get(name) or f"{path}/{PurePosixPath(name)}", name)
+        except (FileNotFoundError, FileFormatError):
+            raise _no_shard(url, name) from None
+        except PermissionError as error:
+            raise _unlisted(f"{url}/{name}", error) from None
+
+    transports = at_once(shard, names)
     return folder, None, FarCheckpoint(url, folder, transports)
+
+
+def _no_shard(url: str, name: str) -> PackError:
+    return FileFormatError(
+        f"{url}/{INDEX_NAME}: names the shard '{name}', which is not there",
+        "Finish the upload of the model.",
+    )
 
 
 def _listed(system: Any, path: str, url: str) -> list[str]:
