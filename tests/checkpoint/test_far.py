@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from mergekit_lite.checkpoint.far.transport import (
     FsspecTransport,
     HttpTransport,
     Transport,
+    client,
 )
 from mergekit_lite.checkpoint.known import KNOWN
 from mergekit_lite.errors import Interrupted, PackError
@@ -589,6 +592,21 @@ def test_a_server_that_does_not_answer_holds_nothing_up() -> None:
     assert at_once(opened, [3, 2, 4]) == [3, 2, 4]
 
 
+def test_threads_share_one_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections of another would never be closed."""
+    several = threading.Barrier(2)
+
+    @cache
+    def make() -> object:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            several.wait(0.05)  # a second thread that came here would be let in
+        return object()
+
+    monkeypatch.setattr("mergekit_lite.checkpoint.far.transport._client", make)
+    assert len(set(map(id, at_once(lambda _: client(), range(4))))) == 1
+    assert several.broken
+
+
 def test_no_rate_of_another_host() -> None:
     cache_folder().mkdir(parents=True)
     (cache_folder() / "network.json").write_text('{"a": 5}')
@@ -612,11 +630,11 @@ def test_s3(pack: Pack, models: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             ("AWS_SECRET_ACCESS_KEY", "hidden"), ("AWS_DEFAULT_REGION", "us-east-1"),
         ):  # fmt: skip
             monkeypatch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="models")
+        store = boto3.client("s3")
+        store.create_bucket(Bucket="models")
         for name in NAMES:
             for path in (models / name).iterdir():
-                client.upload_file(str(path), "models", f"deep/{name}/{path.name}")
+                store.upload_file(str(path), "models", f"deep/{name}/{path.name}")
         recipe = ties(tmp_path / "same.yaml", "s3://models/deep")
         ran = pack("merge", recipe, "-o", tmp_path / "far")
         assert ran.code == 0, ran.err
@@ -625,7 +643,7 @@ def test_s3(pack: Pack, models: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         assert inputs(tmp_path / "far") == inputs(tmp_path / "local")
         assert "hidden" not in lock
         file = FarFile(_s3_transport("models/deep/a/model.safetensors"))
-        client.upload_file(
+        store.upload_file(
             str(models / "b" / "model.safetensors"), "models", "deep/a/model.safetensors"
         )
         with pytest.raises(PackError, match="changed while"):
@@ -635,10 +653,10 @@ def test_s3(pack: Pack, models: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         put_shard(models / "b", "sub/deep/x.safetensors")
         names = ("config.json", "model.safetensors.index.json", "sub/deep/x.safetensors")
         for name in names:
-            client.upload_file(str(models / "b" / name), "models", f"deep/sharded/{name}")
+            store.upload_file(str(models / "b" / name), "models", f"deep/sharded/{name}")
         ran = pack("inspect", "s3://models/deep/sharded")
         assert ran.code == 0, ran.err
-        client.delete_object(Bucket="models", Key=f"deep/sharded/{names[-1]}")
+        store.delete_object(Bucket="models", Key=f"deep/sharded/{names[-1]}")
         ran = pack("inspect", "s3://models/deep/sharded")
         assert "names the shard 'sub/deep/x.safetensors', which is not there" in ran.err
         ran = pack("inspect", "s3://models/deep/none")

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ __all__ = [
 
 _TIMEOUT = 60.0
 _OK, _PARTIAL, _CHANGED, _OUTSIDE = 200, 206, 412, 416
+_MAKING = Lock()
 _LATER = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -79,9 +81,14 @@ class Transport(ABC):
         """Look whether it is still the same file; raises as `fetch` does."""
 
 
-@cache
 def client() -> Any:
-    """What speaks HTTP: the library that the Hub's client brings."""
+    """What speaks HTTP: the library that the Hub's client brings; one for all threads."""
+    with _MAKING:  # `cache` alone lets threads that come together make one each
+        return _client()
+
+
+@cache
+def _client() -> Any:
     import httpx2
 
     limits = httpx2.Limits(max_connections=64, max_keepalive_connections=32)
