@@ -453,6 +453,26 @@ def test_small_files_that_are_empty(ranges: bool, server: FarServer, models: Pat
     assert _fetched({"merges.txt": HttpTransport(url, "merges.txt")}) == {"merges.txt": b""}
 
 
+def test_small_files_that_are_large(
+    server: FarServer, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come whole, or the model is refused; no file is cut."""
+    content = bytes(range(250)) * 8
+    (models / "a" / "merges.txt").write_bytes(content)
+    url = f"{server.url}/a/merges.txt"
+    monkeypatch.setattr("mergekit_lite.checkpoint.far.locate._AT_FIRST", 300)
+    for most in (2000, 1999):
+        monkeypatch.setattr("mergekit_lite.checkpoint.far.locate._SMALL", most)
+        several = {"merges.txt": HttpTransport(url, "merges.txt")}
+        if most == len(content):
+            assert _fetched(several) == {"merges.txt": content}
+            continue
+        for _ in range(2):  # once its size is known, none of it is fetched
+            with pytest.raises(PackError, match=r"merges\.txt: has 0 MB, and files beside"):
+                _fetched(several)
+    assert server.asked["a/merges.txt"] == [(0, 300), (300, 2000), (0, 300)]
+
+
 def test_what_waits_to_be_hashed_is_let_go() -> None:
     """All files together hold no more than one may."""
     before = _Digest.waiting

@@ -48,6 +48,8 @@ _ASKED = (
 """A server of HTTP does not list a folder, so these are asked for."""
 _SMALL = 256 << 20
 """Bytes of the largest file beside the weights; tokenizers have some 30 MB."""
+_AT_FIRST = 48 << 20
+"""Bytes that are asked for before it is known how many there are."""
 _ADAPTER = "adapter_model.safetensors"
 
 
@@ -268,14 +270,29 @@ def _indexed(folder: Path) -> list[str]:
 
 
 def _fetched(transports: Mapping[str, Transport]) -> dict[str, bytes]:
-    """Small files, those that are there."""
+    """Small files, those that are there.
+
+    Raises:
+        PackError: One cannot be had, or is larger than any small file.
+    """
 
     def fetch(item: tuple[str, Transport]) -> tuple[str, bytes | None]:
         name, transport = item
         try:
-            return name, FETCHER.fetch_now(transport, 0, _SMALL, FIRST)
+            known = transport.size > _SMALL
+            content = b"" if known else FETCHER.fetch_now(transport, 0, _AT_FIRST, FIRST)
         except (FileFormatError, Denied):  # some stores say the latter of what is not there
             return name, None
+        if transport.size > _SMALL:
+            raise PackError(
+                f"{transport.url}: has {transport.size / 1e6:.0f} MB, and files beside the weights "
+                f"are read up to {_SMALL / 1e6:.0f} MB",
+                "Take it out of the model's folder if it is no part of the model; else download "
+                "the model, and give its folder.",
+            )
+        if len(content) < transport.size:
+            content += FETCHER.fetch_now(transport, len(content), transport.size, FIRST)
+        return name, content
 
     found = at_once(fetch, transports.items())
     return {name: content for name, content in found if content is not None}
