@@ -444,6 +444,23 @@ def test_names_of_shards_that_lie_elsewhere(
     assert "names a file outside the model's folder" in ran.err
 
 
+def test_an_address_that_holds_a_plus(
+    pack: Pack, server: FarServer, models: Path, tmp_path: Path
+) -> None:
+    """It is written so that it is told from the one before an adapter."""
+    (models / "base").rename(models / "base+1")
+    for written in (r"base\+1", "base%2B1"):
+        assert pack("inspect", f"{server.url}/{written}").code == 0
+        models_of = {f"{server.url}/{name}": {"weight": 0.5} for name in (written, "a")}
+        recipe = write_recipe(tmp_path / "r.yaml", "linear", models_of)
+        ran = pack("merge", recipe, "-o", tmp_path / written)
+        assert ran.code == 0, ran.err
+    assert weights(tmp_path / r"base\+1") == weights(tmp_path / "base%2B1")
+    ran = pack("inspect", f"{server.url}/base+1")
+    assert ran.code == 1
+    assert f"{server.url}/base/" in ran.err
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_small_files_that_are_empty(ranges: bool, server: FarServer, models: Path) -> None:
     """They are there, whichever way a server says that they hold nothing."""
