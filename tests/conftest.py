@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 
 from mergekit_lite import collector
 
+pytest_plugins = ["tests.places"]
+
 ROOT = Path(__file__).parents[1]
 
 Array = npt.NDArray[np.float32]

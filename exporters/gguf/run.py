@@ -15,9 +15,10 @@ from exporters.gguf.work import FORMAT, GgufWork, Planned, Prepared, Request, pr
 from mergekit_lite.engines.local import LocalEngine
 from mergekit_lite.engines.protocol import Computed, Engine
 from mergekit_lite.errors import Interrupted
+from mergekit_lite.merge.destination import Upload
 from mergekit_lite.merge.lock import LOCK_NAME, lock_file
 from mergekit_lite.merge.run import Progress
-from mergekit_lite.merge.writer import ArtifactWriter, OutputFile, refuse_existing, refuse_inputs
+from mergekit_lite.merge.writer import ArtifactWriter, OutputFile, check_place
 
 __all__ = ["FORMAT", "Made", "Options", "Prepared", "Request", "prepare_gguf", "run_gguf"]
 
@@ -32,6 +33,7 @@ class Options:
         force: Whether an existing result is replaced.
         verify: Whether results are verified; None for models that are small enough.
         engine: Where they are computed.
+        uploads: What takes results elsewhere, by the folder that they pass through.
     """
 
     threads: int
@@ -39,6 +41,7 @@ class Options:
     force: bool = False
     verify: bool | None = None
     engine: Engine = field(default_factory=LocalEngine)
+    uploads: Mapping[Path, Upload] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Made:
     """One result.
 
     Attributes:
-        folder: Where it lies.
+        folder: Where it lies, or passed through on its way elsewhere.
         outputs: Its files, the lock included.
         bits: Per weight, all tensors together.
         types: Number of tensors by type.
@@ -82,28 +85,37 @@ def run_gguf(prepared: Prepared, options: Options, progress: Progress | None = N
     with ExitStack() as stack:
         stack.callback(model.close)
         for planned in prepared.files:
-            refuse_existing(planned.request.folder, options.force)
-            refuse_inputs(planned.request.folder, (source.path for source in model.sources))
+            folder = planned.request.folder
+            check_place(folder, options.uploads.get(folder), model.sources, options.force)
         work = GgufWork(prepared, options.verify)
         writers = []
         for planned, fingerprint in zip(prepared.files, work.fingerprints, strict=True):
+            folder = planned.request.folder
             writer = ArtifactWriter(
-                planned.request.folder, planned.shards, fingerprint, options.force
-            )
+                folder, planned.shards, fingerprint, options.force, options.uploads.get(folder),
+                hold=work.checked,
+            )  # fmt: skip
             stack.callback(writer.close)
             writers.append(writer)
         if any(writer.discarded for writer in writers):
             progress.note("the model or the types changed since the run that was stopped; "
                           "starting afresh")  # fmt: skip
+        if finished := sum(len(writer.done) for writer in writers):
+            total = sum(len(planned.shards) for planned in prepared.files)
+            progress.note(f"continuing: {finished} of {total} output files were finished")
         for line in prepared.notes:
             progress.note(line)
         try:
             computed = options.engine.compute(
                 work, writers, options.threads, options.memory, progress
             )
+            if any(writer.uploads for writer in writers):
+                progress.begin("Upload", 0)
+            for writer in writers:  # all are there before any is shown
+                writer.finish_upload()
+            return _publish(prepared, writers, computed, began)
         except Interrupted:
             raise Interrupted("stopped", "Run the same command to continue.") from None
-        return _publish(prepared, writers, computed, began)
 
 
 def _publish(

@@ -29,7 +29,7 @@ from mergekit_lite.kernels.cast import decode
 from mergekit_lite.merge.model import WholeModel
 from mergekit_lite.merge.run import Progress
 
-__all__ = ["SMALL", "Verification", "verify"]
+__all__ = ["SMALL", "Verification", "is_verified", "verify"]
 
 SMALL = 150_000_000
 """Weights of a model that is verified without being asked."""
@@ -103,6 +103,17 @@ def _short(number: float) -> float:
     return float(f"{number:.2e}")
 
 
+def is_verified(gguf: GgufModel, wanted: bool | None) -> bool:
+    """Whether files of a model are verified.
+
+    Args:
+        gguf: The model under GGUF's names.
+        wanted: What was asked for; None for small models only.
+    """
+    elements = sum(gguf.tensors.spec(name).elements for name in gguf.names)
+    return elements <= SMALL if wanted is None else wanted
+
+
 def verify(
     model: WholeModel,
     gguf: GgufModel,
@@ -124,8 +135,7 @@ def verify(
     Raises:
         PackError: A file cannot be loaded, or computes something else than the model.
     """
-    elements = sum(gguf.tensors.spec(name).elements for name in gguf.names)
-    if wanted is False or (wanted is None and elements > SMALL):
+    if not is_verified(gguf, wanted):
         return [None for _ in files]
     progress.begin("Verify", 0)
     running = all(find_spec(name) is not None for name in ("xllamacpp", "torch", "transformers"))

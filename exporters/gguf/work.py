@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from exporters.gguf.about import about
 from exporters.gguf.export import GgufModel, Scheme
-from exporters.gguf.verify import Verification, verify
+from exporters.gguf.verify import Verification, is_verified, verify
 from exporters.gguf.write import Kinds, Target, encode_jobs
 from mergekit_lite.checkpoint.gguf import GgufCheckpoint
 from mergekit_lite.checkpoint.protocol import InputFile
@@ -142,7 +142,7 @@ class GgufWork(Work):
         self.fingerprints = [_fingerprint(model, planned) for planned in prepared.files]
         self.references = list(self._sources)
         self.paths = [source.path for source in model.sources]
-        self.checked = verify is not False
+        self.checked = is_verified(prepared.gguf, verify)
 
     @property
     def _merged(self) -> MergeCheckpoint | None:

@@ -30,12 +30,13 @@ from mergekit_lite.evaluate.text import Windows
 from mergekit_lite.kernels.cast import decode, encode
 from mergekit_lite.kernels.jit import is_first_use
 from mergekit_lite.merge.config import index_file, to_json
+from mergekit_lite.merge.destination import Upload
 from mergekit_lite.merge.lock import LOCK_NAME, lock_file
 from mergekit_lite.merge.model import WholeModel
 from mergekit_lite.merge.plan import Shard, lay_out
 from mergekit_lite.merge.prepare import DEFAULT_SHARD
 from mergekit_lite.merge.run import Progress
-from mergekit_lite.merge.writer import ArtifactWriter, OutputFile, refuse_existing, refuse_inputs
+from mergekit_lite.merge.writer import ArtifactWriter, OutputFile, check_place
 
 __all__ = ["FORMAT", "MadeLinears", "Request", "run_linears"]
 
@@ -86,7 +87,7 @@ class MadeLinears:
     """One result.
 
     Attributes:
-        folder: Where it lies.
+        folder: Where it lies, or passed through on its way elsewhere.
         outputs: Its files, the lock included.
         bits: Per weight, all tensors together.
         matrices: How many were put on a grid.
@@ -103,7 +104,10 @@ class MadeLinears:
 
 
 def run_linears(
-    model: WholeModel, request: Request, progress: Progress | None = None
+    model: WholeModel,
+    request: Request,
+    progress: Progress | None = None,
+    upload: Upload | None = None,
 ) -> MadeLinears:
     """Quantize the linear layers of a model; the result appears when it is whole.
 
@@ -111,6 +115,7 @@ def run_linears(
         model: Left open.
         request: What is wanted.
         progress: Told how far it is.
+        upload: Takes the result elsewhere; the folder is then only where it passes through.
 
     Raises:
         Interrupted: The user stopped it; the same call continues at the layer it was in.
@@ -119,13 +124,12 @@ def run_linears(
     """
     began = time.monotonic()
     progress = progress or Progress()
-    refuse_existing(request.folder, request.force)
-    refuse_inputs(request.folder, (source.path for source in model.sources))
+    check_place(request.folder, upload, model.sources, request.force)
     with ExitStack() as stack:
-        run = _Run(model, request, progress, stack)
+        run = _Run(model, request, progress, stack, upload)
         try:
             return run.all(began)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Interrupted):
             done, count = len(run.store.done), run.count
             raise Interrupted(
                 f"stopped; {done} of {count} layers finished", "Run the same command to continue."
@@ -136,7 +140,12 @@ class _Run:
     """One run, and what it holds."""
 
     def __init__(
-        self, model: WholeModel, request: Request, progress: Progress, stack: ExitStack
+        self,
+        model: WholeModel,
+        request: Request,
+        progress: Progress,
+        stack: ExitStack,
+        upload: Upload | None,
     ) -> None:
         self._model = model
         self._request = request
@@ -158,7 +167,9 @@ class _Run:
             request.details(),
         )
         fingerprint = self._fingerprint()
-        self._writer = ArtifactWriter(request.folder, self._shards, fingerprint, request.force)
+        self._writer = ArtifactWriter(
+            request.folder, self._shards, fingerprint, request.force, upload
+        )
         stack.callback(self._writer.close)
         self.store = LayerStore(request.folder, fingerprint, self.count)
         stack.callback(self.store.close)
@@ -348,6 +359,8 @@ class _Run:
             "bits_per_weight": round(bits, 3),
             "notes": notes,
         }
+        if self._writer.uploads:
+            self._progress.begin("Upload", 0)
         outputs = self._writer.outputs(files)
         lock = lock_file("quantize", fields, list(model.sources), weights, outputs)
         published = self._writer.publish({**files, LOCK_NAME: lock})

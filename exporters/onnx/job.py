@@ -13,6 +13,7 @@ from exporters.onnx.run import MadeOnnx, OnnxRequest, run_onnx
 from exporters.onnx.schemes import BLOCKS, OnnxScheme, Route
 from exporters.targets import Calibration, Wanted, cut_for, plan_target, refuse_gguf
 from mergekit_lite.evaluate.text import Windows
+from mergekit_lite.merge.destination import Upload
 from mergekit_lite.merge.model import WholeModel, open_whole
 from mergekit_lite.merge.run import Progress
 
@@ -36,6 +37,7 @@ class OnnxJob:
         dtype: That it is run in.
         linked: Whether floats stay in the model's files.
         verify: Whether the graph is run beside the model.
+        upload: Takes the result elsewhere; the folder is then only where it passes through.
     """
 
     scheme: OnnxScheme
@@ -50,6 +52,7 @@ class OnnxJob:
     dtype: str = "float32"
     linked: bool = False
     verify: bool = True
+    upload: Upload | None = None
 
 
 def run_job(model: WholeModel, job: OnnxJob, progress: Progress) -> MadeOnnx:
@@ -82,6 +85,8 @@ def run_job(model: WholeModel, job: OnnxJob, progress: Progress) -> MadeOnnx:
     finally:
         rounded.close()
     shutil.rmtree(scratch, ignore_errors=True)
+    if job.upload is not None:
+        job.upload.clean(scratch)
     return replace(made, seconds=time.monotonic() - began)
 
 
@@ -95,7 +100,7 @@ def _request(
     return OnnxRequest(
         job.scheme, job.folder, describe_onnx(job, _text_of(windows)), job.block, job.symmetric,
         job.route, job.threads, job.force, job.linked, job.verify,
-        None if rounded is None else rounded.checkpoint, details,
+        None if rounded is None else rounded.checkpoint, details, job.upload,
     )  # fmt: skip
 
 

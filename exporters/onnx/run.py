@@ -39,15 +39,15 @@ from mergekit_lite.checkpoint.protocol import Checkpoint
 from mergekit_lite.errors import Interrupted
 from mergekit_lite.evaluate.parts import Parts
 from mergekit_lite.kernels.jit import is_first_use
+from mergekit_lite.merge.destination import Upload
 from mergekit_lite.merge.lock import LOCK_NAME, lock_file
 from mergekit_lite.merge.model import WholeModel
 from mergekit_lite.merge.run import Progress
 from mergekit_lite.merge.writer import (
     ArtifactWriter,
     OutputFile,
+    check_place,
     explained,
-    refuse_existing,
-    refuse_inputs,
     write_durably,
 )
 
@@ -79,6 +79,7 @@ class OnnxRequest:
         rounded: The model on grids already, by looking at activations; its codes are taken where
             they fit. None for rounding here, or for a model that is quantized itself.
         details: How that was done.
+        upload: Takes the result elsewhere; the folder is then only where it passes through.
     """
 
     scheme: OnnxScheme
@@ -93,6 +94,7 @@ class OnnxRequest:
     verify: bool = True
     rounded: Checkpoint | None = None
     details: Mapping[str, Any] | None = None
+    upload: Upload | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class MadeOnnx:
     """One result.
 
     Attributes:
-        folder: Where it lies.
+        folder: Where it lies, or passed through on its way elsewhere.
         outputs: Its files, the lock included.
         bits: Per weight, all tensors together.
         route: What made the graph.
@@ -132,8 +134,7 @@ def run_onnx(model: WholeModel, request: OnnxRequest, progress: Progress | None 
     """
     began = time.monotonic()
     progress = progress or Progress()
-    refuse_existing(request.folder, request.force)
-    refuse_inputs(request.folder, (source.path for source in model.sources))
+    check_place(request.folder, request.upload, model.sources, request.force)
     notes: list[str] = []
     try:
         model.observe_alone(progress)
@@ -142,9 +143,11 @@ def run_onnx(model: WholeModel, request: OnnxRequest, progress: Progress | None 
                 return _run(model, request, progress, stack, began, notes)
         except _BuilderRefused as error:
             notes.append(f"{error.message}; torch.onnx makes it")
+        upload = None if request.upload is None else request.upload.again()
+        other = replace(request, route="torch", upload=upload)
         with ExitStack() as stack:
-            return _run(model, replace(request, route="torch"), progress, stack, began, notes)
-    except KeyboardInterrupt:
+            return _run(model, other, progress, stack, began, notes)
+    except (KeyboardInterrupt, Interrupted):
         raise Interrupted("stopped", "Run the same command again.") from None
 
 
@@ -190,8 +193,9 @@ def _run(
         progress.note(line)
     beside = small_files(model.files, model.checkpoint.config, scheme.file, laid.chunks)
     writer = ArtifactWriter(
-        request.folder, laid.shards, _fingerprint(model, request, laid), request.force
-    )
+        request.folder, laid.shards, _fingerprint(model, request, laid), request.force,
+        request.upload, hold=True,
+    )  # fmt: skip
     stack.callback(writer.close)
     if writer.discarded and not why:
         progress.note("the model or the settings changed since the run that was stopped; "
@@ -262,6 +266,8 @@ def _run(
         "verification": None if checked is None else checked.describe(),
         "notes": notes,
     }
+    if writer.uploads:
+        progress.begin("Upload", 0)
     outputs = writer.outputs(files)
     lock = lock_file("quantize", fields, list(model.sources), inputs, outputs)
     published = writer.publish({**files, LOCK_NAME: lock})

@@ -14,7 +14,14 @@ from click.shell_completion import CompletionItem
 from exporters.onnx.schemes import BLOCKS, ROUTES
 from exporters.onnx.schemes import SCHEMES as ONNX_SCHEMES
 from exporters.schemes import FORMATS, ORDERS, TARGETS
-from mergekit_lite.cli.options import CACHE, OUTPUT, SIZE, TEXT, engine_options, make_engine
+from mergekit_lite.cli.options import (
+    CACHE,
+    OUTPUT_ANYWHERE,
+    SIZE,
+    TEXT,
+    engine_options,
+    make_engine,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
     from exporters.gguf.mixtures import Overrides
     from exporters.onnx.schemes import Route
     from exporters.schemes import Order
+    from mergekit_lite.merge.address import Address
 
 __all__ = ["command"]
 
@@ -52,8 +60,9 @@ class _Target(click.Tuple):
 )  # fmt: skip
 @click.option("--list", "list_schemes", is_flag=True, help="List formats and schemes.")
 @click.option(
-    "-o", "--output", type=OUTPUT, metavar="DIR",
-    help="Where the result goes.  [default: dist/NAME/FORMAT-SCHEME]",
+    "-o", "--output", type=OUTPUT_ANYWHERE, metavar="WHERE",
+    help="Where the result goes: a folder, s3://BUCKET/PREFIX or hf://ORG/NAME; several results "
+    "into folders below it.  [default: dist/NAME/FORMAT-SCHEME]",
 )  # fmt: skip
 @click.option("--name", help="Name of the files.  [default: the model's]")
 @click.option(
@@ -143,7 +152,7 @@ def command(
     model: str | None,
     targets: tuple[tuple[str, str], ...],
     list_schemes: bool,
-    output: Path | None,
+    output: Path | Address | None,
     name: str | None,
     imatrix: Path | None,
     calibration: Path | None,
@@ -257,6 +266,7 @@ def command(
             **{k: given[k] for k in ("--graph", "--block", "--asymmetric")},
             "--link-weights": linked,
         })  # fmt: skip
+    job.open_uploads(linked)
     job.make_linears(form, not no_calibration, nearest, act_order, damping, dtype)
     job.make_onnxes(int(block), not asymmetric, route, dtype, linked, verify is not False)
     with make_engine(engine_name, address, threads) as engine:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from exporters.schemes import Order
     from mergekit_lite.dtypes import Array
     from mergekit_lite.engines.protocol import Engine
+    from mergekit_lite.merge.address import Address
+    from mergekit_lite.merge.destination import Upload
 
 __all__ = ["Quantizing"]
 
@@ -50,7 +52,7 @@ class Quantizing:
     Attributes:
         model: As the user named it.
         targets: Formats and schemes.
-        output: Where results go; None for below ``dist``.
+        output: Where results go, a folder or an address; None for below ``dist``.
         name: Of the files; None for the model's.
         force: Whether results are replaced.
         threads: Worker threads.
@@ -62,11 +64,12 @@ class Quantizing:
         quiet: Whether nothing is shown.
         lines: What is to be said.
         described: The same for programs.
+        uploads: What takes results elsewhere, by the folder that they pass through.
     """
 
     model: str | None
     targets: tuple[tuple[str, str], ...]
-    output: Path | None
+    output: Path | Address | None
     name: str | None
     force: bool
     threads: int
@@ -78,6 +81,7 @@ class Quantizing:
     quiet: bool
     lines: list[_Line] = field(default_factory=list)
     described: list[dict[str, Any]] = field(default_factory=list)
+    uploads: dict[Path, Upload] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check names.
@@ -89,10 +93,9 @@ class Quantizing:
             raise click.UsageError(
                 f"'{self.name}' is no name of a file: letters, digits, '.', '_' and '-'"
             )
-        if self.output is not None and self.output.suffix == ".gguf":
-            raise click.UsageError(
-                f"-o names a folder; the file gets its name by --name {self.output.stem}"
-            )
+        if self.output is not None and str(self.output).endswith(".gguf"):
+            stem = Path(str(self.output)).stem
+            raise click.UsageError(f"-o names a folder; the file gets its name by --name {stem}")
 
     @property
     def ggufs(self) -> list[str]:
@@ -118,7 +121,50 @@ class Quantizing:
     def _folder(self, stem: str, last: str) -> Path:
         if self.output is None:
             return Path("dist") / stem / last
-        return self.output / last if len(self.targets) > 1 else self.output
+        several = len(self.targets) > 1
+        if isinstance(self.output, Path):
+            return self.output / last if several else self.output
+        return (self.output.below(last) if several else self.output).scratch
+
+    def _where(self, folder: Path) -> str:
+        """Where a result lies that was written into a folder, or passed through it."""
+        return self.uploads[folder].location if folder in self.uploads else str(folder)
+
+    def open_uploads(self, linked: bool) -> None:
+        """Open the ways to places that are no folders, and see that results may go there.
+
+        Args:
+            linked: Whether weights of ONNX are left in the model's files.
+
+        Raises:
+            click.UsageError: Such a place cannot take these results.
+            PackError: One is taken, or cannot be reached.
+        """
+        if self.output is None or isinstance(self.output, Path):
+            return
+        from exporters.gguf.mixtures import find_mixture
+        from exporters.onnx.schemes import find_scheme
+        from mergekit_lite.merge.destination import open_upload
+        from mergekit_lite.merge.writer import refuse_uploaded
+
+        if linked:
+            raise click.UsageError(
+                f"--link-weights links files of this disk, which {self.output} cannot; leave it "
+                "out, or write to a folder: -o DIR"
+            )
+        names = {"gguf": lambda word: find_mixture(word).name,
+                 "onnx": lambda word: find_scheme(word).name}  # fmt: skip
+        lasts = [f"{to}-{names.get(to, str)(scheme)}" for to, scheme in self.targets]
+        if len(lasts) > 1 and self.output.scheme == "hf":
+            raise click.UsageError(
+                f"{self.output}: a repository takes one result, not {len(lasts)}; run pack "
+                f"quantize once for each, with its own repository: -o {self.output}-{lasts[0]}"
+            )
+        for (target, _), last in zip(self.targets, lasts, strict=True):
+            address = self.output.below(last) if len(lasts) > 1 else self.output
+            upload = open_upload(address, card=target != "gguf")
+            refuse_uploaded(upload, self.force)
+            self.uploads[upload.folder] = upload
 
     def make_linears(
         self,
@@ -163,7 +209,8 @@ class Quantizing:
                 folder = self._folder(stem, f"{wanted.target}-{wanted.scheme}")
                 with make_progress(self.quiet) as progress:
                     request = plan_target(wanted, whole, windows, folder, self.force)
-                    self._add_linears(run_linears(whole, request, progress))
+                    upload = self.uploads.get(folder)
+                    self._add_linears(run_linears(whole, request, progress, upload))
         finally:
             whole.close()
 
@@ -205,6 +252,7 @@ class Quantizing:
                     job = OnnxJob(
                         scheme, folder, text, block, symmetric, route, self.threads,
                         self.force, self.device, dtype, linked, verify,
+                        self.uploads.get(folder),
                     )  # fmt: skip
                     self._add_onnx(run_job(whole, job, progress))
         finally:
@@ -240,7 +288,7 @@ class Quantizing:
                 )
                 for mixture in mixtures
             ]
-            options = Options(self.threads, memory, self.force, verify, engine)
+            options = Options(self.threads, memory, self.force, verify, engine, self.uploads)
             with make_progress(self.quiet) as progress:
                 for made in run_gguf(prepare_gguf(whole, requests), options, progress):
                     self._add_gguf(made)
@@ -269,9 +317,9 @@ class Quantizing:
             f"{human_bytes(size)}, {made.bits:.2f} bits per weight ({made.matrices} matrices) in "
             f"{made.seconds:.1f} s"
         ))  # fmt: skip
-        self.lines.append(_Line(f"→ {made.folder}"))
+        self.lines.append(_Line(f"→ {self._where(made.folder)}"))
         self.described.append({
-            "folder": str(made.folder),
+            "folder": self._where(made.folder),
             "seconds": round(made.seconds, 3),
             "bits_per_weight": round(made.bits, 3),
             "matrices": made.matrices,
@@ -288,9 +336,9 @@ class Quantizing:
         checked = made.checked
         if checked is not None:
             self.lines.append(_Line(checked.line()))
-        self.lines.append(_Line(f"→ {made.folder}"))
+        self.lines.append(_Line(f"→ {self._where(made.folder)}"))
         self.described.append({
-            "folder": str(made.folder),
+            "folder": self._where(made.folder),
             "seconds": round(made.seconds, 3),
             "bits_per_weight": round(made.bits, 3),
             "graph": made.route,
@@ -315,9 +363,9 @@ class Quantizing:
                 self.lines.append(_Line(f"tokenized otherwise, first: {first}", warning=True))
         files = [o.path for o in made.outputs if o.path.endswith(".gguf")]
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        self.lines.append(_Line(f"→ {made.folder / files[0]}{more}"))
+        self.lines.append(_Line(f"→ {self._where(made.folder)}/{files[0]}{more}"))
         self.described.append({
-            "folder": str(made.folder),
+            "folder": self._where(made.folder),
             "seconds": round(made.seconds, 3),
             "bits_per_weight": round(made.bits, 3),
             "types": dict(made.types),

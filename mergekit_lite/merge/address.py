@@ -56,6 +56,10 @@ class Address:
     def __str__(self) -> str:
         return f"{self.scheme}://{self.place}"
 
+    def below(self, name: str) -> Address:
+        """The address of a folder in this one."""
+        return Address(self.scheme, f"{self.place}/{name}")
+
     @property
     def scratch(self) -> Path:
         """The folder here that unfinished shards are kept beside, of this address alone."""

@@ -3,6 +3,8 @@
 A finished shard is handed to one thread that uploads it and then deletes it here, so the disk holds
 a few shards at a time. What is uploaded is visible to nobody until `Upload.commit`. The journal of
 the writer notes what has gone up, so a run that was killed neither computes nor sends it again.
+Where a result is looked at as a whole before it is called one, finished shards are *held*: they
+stay here, and go up at the end.
 
 What S3 and the Hub do differently is a `Store` each; a local result imports neither library.
 """
@@ -116,12 +118,15 @@ class Upload:
     """
 
     def __init__(self, address: Address, store: Store) -> None:
+        self._address = address
         self.location = str(address)
         self.folder = address.scratch
         self._store = store
         self._states: dict[str, dict[str, Any]] = {}
         self._ours: dict[str, Any] = {}
         self._pieces: dict[str, Piece] = {}
+        self._held: list[Piece] = []
+        self._hold = False
         self._force = False
         self._save: Callable[[], None] = lambda: None
         self._waiting: deque[Piece] = deque()
@@ -138,6 +143,24 @@ class Upload:
         # Copies: the thread that uploads changes them while the journal is written.
         states = {name: dict(state) for name, state in list(self._states.items())}
         return {"uploads": states, "ours": self._ours}
+
+    def again(self) -> Upload:
+        """Another for the same place, for a run that begins afresh after this one was closed."""
+        return Upload(self._address, self._store)
+
+    def refuse_existing(self, state: Mapping[str, Any], force: bool) -> None:
+        """Check that the place can be reached, and that nothing is in the way; writes nothing.
+
+        Args:
+            state: From the journal of an earlier run; empty if there was none.
+            force: Whether an existing result is replaced.
+
+        Raises:
+            PackError: Something is there already, or the store cannot be used.
+        """
+        self._force, self._ours = force, dict(state.get("ours", {}))
+        with self._translated():
+            self._refuse(same=True)
 
     def refuse_inputs(self, references: Iterable[str]) -> None:
         """Check that a result does not take the place of what it is made from.
@@ -164,6 +187,7 @@ class Upload:
         folder: Path,
         force: bool,
         save: Callable[[], None],
+        hold: bool = False,
     ) -> None:
         """Go on where an earlier run stopped.
 
@@ -173,11 +197,12 @@ class Upload:
             folder: That shards are written to.
             force: Whether an existing result is replaced.
             save: Writes the journal.
+            hold: Whether all shards stay here, and go up at the end.
 
         Raises:
             PackError: Something is there already, or the store cannot be used.
         """
-        self._force, self._save = force, save
+        self._force, self._save, self._hold = force, save, hold
         self._ours = dict(state.get("ours", {}))
         states = {name: dict(found) for name, found in dict(state.get("uploads", {})).items()}
         with self._translated():
@@ -186,14 +211,15 @@ class Upload:
             for name in list(done):
                 piece = self._piece(name, done[name], folder, states.get(name, {}))
                 there = piece.path.is_file() and piece.path.stat().st_size == piece.size
-                if piece.state.get("done") == "up" and self._store.is_there(piece):
+                enough = there or not hold  # what is looked at must lie here
+                if enough and piece.state.get("done") == "up" and self._store.is_there(piece):
                     self._states[name] = states.pop(name)
                 elif there:
                     piece.state.pop("done", None)
                     piece.state["again"] = True
                     self._states[name] = piece.state
                     states.pop(name, None)
-                    self._waiting.append(piece)
+                    self._queue(piece)
                 else:
                     del done[name], self._pieces[name]
             self._store.discard(states)
@@ -208,16 +234,34 @@ class Upload:
             self._check()
 
     def add(self, name: str, shard: Mapping[str, Any], folder: Path) -> None:
-        """Upload a finished shard; returns at once."""
+        """Upload a finished shard, or hold it; returns at once."""
         state = self._states[name] = {}
         piece = self._piece(name, shard, folder, state)
         with self._changed:
             self._check()
-            self._waiting.append(piece)
+            self._queue(piece)
             self._changed.notify_all()
 
+    def _queue(self, piece: Piece) -> None:
+        (self._held if self._hold else self._waiting).append(piece)
+
+    def finish(self) -> None:
+        """Have all shards go up, those that were held too; `commit` then has little left to do.
+
+        Raises:
+            PackError: It could not; the same command goes on from there.
+            Interrupted: The user stopped it.
+        """
+        try:
+            with self._changed:
+                self._waiting += self._held
+                self._held = []
+            self._wait()
+        except KeyboardInterrupt:
+            raise Interrupted("stopped") from None
+
     def commit(self, files: Mapping[str, bytes]) -> None:
-        """Wait for all uploads, then make the result visible.
+        """Have all shards go up, then make the result visible.
 
         Args:
             files: Its small files, the lock among them.
@@ -226,8 +270,8 @@ class Upload:
             PackError: It could not; the same command goes on from there.
             Interrupted: The user stopped it.
         """
+        self.finish()
         try:
-            self._wait()
             with self._translated():
                 there = self._refuse(same=True)
                 names = {*self._pieces, *files}
@@ -329,7 +373,7 @@ class Upload:
                     if self._closed:  # nobody would note it, so the file must stay
                         return
                     self._save()
-                    if piece.state["done"] == "up":
+                    if piece.state["done"] == "up" and not self._hold:
                         piece.path.unlink(missing_ok=True)
                     self._waiting.popleft()
                     self._changed.notify_all()
@@ -385,8 +429,12 @@ class Upload:
             raise PackError(found.message, found.hint + kept) from None
 
 
-def open_upload(address: Address) -> Upload:
+def open_upload(address: Address, card: bool = False) -> Upload:
     """The way to a place.
+
+    Args:
+        address: Of the result.
+        card: Whether it has a README.md of its own.
 
     Raises:
         PackError: Its library is not installed.
@@ -397,4 +445,4 @@ def open_upload(address: Address) -> Upload:
         return Upload(address, S3Store(address.place))
     from mergekit_lite.merge.destination_hub import HubStore
 
-    return Upload(address, HubStore(address.place))
+    return Upload(address, HubStore(address.place, card))

@@ -23,15 +23,17 @@ class HubStore:
 
     Args:
         repo: ``ORG/NAME``.
+        card: Whether results have a README.md, which is then not one that may stay.
     """
 
-    def __init__(self, repo: str) -> None:
+    def __init__(self, repo: str, card: bool = False) -> None:
         from huggingface_hub import HfApi
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()  # they would run through ours
         self._api: Any = HfApi()
         self._repo = repo
+        self._kept = _KEPT - {"README.md"} if card else _KEPT
         self._head: str | None = None
 
     def names(self) -> frozenset[str]:
@@ -45,7 +47,7 @@ class HubStore:
                 raise
             return frozenset()
         self._head = found.sha
-        return frozenset(file.rfilename for file in found.siblings or ()) - _KEPT
+        return frozenset(file.rfilename for file in found.siblings or ()) - self._kept
 
     def read(self, name: str) -> bytes:
         """A small file of the branch."""
@@ -97,7 +99,7 @@ class HubStore:
         operations += [CommitOperationAdd(name, content) for name, content in files.items()]
         operations += [CommitOperationDelete(name) for name in leftover]
         self._api.create_commit(
-            self._repo, operations, commit_message="Merge with pack", parent_commit=self._head
+            self._repo, operations, commit_message="Made with pack", parent_commit=self._head
         )
 
     def began_to_commit(self, names: Collection[str], lock_sha256: str) -> bool:

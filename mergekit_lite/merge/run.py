@@ -16,7 +16,7 @@ from mergekit_lite.merge.destination import Upload
 from mergekit_lite.merge.lock import LOCK_NAME, make_lock
 from mergekit_lite.merge.prepare import DEFAULT_SHARD, Prepared, prepare
 from mergekit_lite.merge.work import FIXED, MergeWork, observing, peak_memory
-from mergekit_lite.merge.writer import ArtifactWriter, OutputFile, refuse_existing, refuse_inputs
+from mergekit_lite.merge.writer import ArtifactWriter, OutputFile, check_place
 
 __all__ = [
     "Options", "Prepared", "Progress", "Result", "observing", "peak_memory", "prepare", "run_merge",
@@ -99,11 +99,7 @@ def run_merge(
     try:
         upload = place if isinstance(place, Upload) else None
         folder = place.folder if isinstance(place, Upload) else place
-        if upload is None:
-            refuse_existing(folder, options.force)
-            refuse_inputs(folder, (source.path for source in inputs.sources.values()))
-        else:
-            upload.refuse_inputs(inputs.sources)
+        check_place(folder, upload, inputs.sources.values(), options.force)
         work = MergeWork(prepared)
         writer = ArtifactWriter(folder, plan.shards, work.fingerprints[0], options.force, upload)
         try:

@@ -18,7 +18,7 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,8 +28,12 @@ from mergekit_lite.merge.destination import Upload
 from mergekit_lite.merge.plan import Shard
 from mergekit_lite.merge.segments import SegmentedFile
 
+if TYPE_CHECKING:
+    from mergekit_lite.checkpoint.locate import Source
+
 __all__ = [
-    "ArtifactWriter", "OutputFile", "ShardFile", "explained", "partial_of", "write_durably",
+    "ArtifactWriter", "OutputFile", "ShardFile", "check_place", "explained", "partial_of",
+    "refuse_existing", "refuse_inputs", "refuse_uploaded", "write_durably",
 ]  # fmt: skip
 
 _PASSING = 5
@@ -136,6 +140,7 @@ class ArtifactWriter:
         fingerprint: Of the plan.
         force: Whether an existing result is replaced.
         upload: Takes the result elsewhere; ``final`` is then only where it passes through.
+        hold: Whether all of it stays here until it is published, to be looked at before.
 
     Raises:
         PackError: The result exists, is being written by another process, or does not fit.
@@ -148,11 +153,13 @@ class ArtifactWriter:
         fingerprint: str,
         force: bool,
         upload: Upload | None = None,
+        hold: bool = False,
     ) -> None:
         self.final = final
         self.location = str(final) if upload is None else upload.location
         self.uploads = upload is not None
         self._upload = upload
+        self._hold = hold
         self._force = force
         self.partial = partial_of(final)
         self._journal = journal_of(final)
@@ -196,16 +203,16 @@ class ArtifactWriter:
 
     def _resume(self) -> None:
         """Finished shards of an earlier run of the same plan; anything else is removed."""
-        journal: Any = {}
-        with contextlib.suppress(OSError, ValueError):
-            journal = json.loads(self._journal.read_text("utf-8"))
-        same = isinstance(journal, dict) and journal.get("fingerprint") == self._fingerprint
+        journal = _read_journal(self.final)
+        same = journal.get("fingerprint") == self._fingerprint
         self.discarded = bool(journal) and not same
         shutil.rmtree(attempts_of(self.final), ignore_errors=True)
         done = self.done = dict(journal.get("shards", {})) if same else {}
         if self._upload is not None:
-            state = journal.get("upload", {}) if isinstance(journal, dict) else {}
-            self._upload.begin(state, done, self.partial, self._force, self._save_journal)
+            state = journal.get("upload", {})
+            self._upload.begin(
+                state, done, self.partial, self._force, self._save_journal, self._hold
+            )
         for shard in self._all if self._upload is None else ():
             path = self.partial / shard.name
             if shard.name in done and not (path.is_file() and path.stat().st_size == shard.size):
@@ -220,7 +227,7 @@ class ArtifactWriter:
     def _check_space(self) -> None:
         sizes = sorted(shard.size for shard in self._all if shard.name not in self.done)
         # Of what is uploaded meanwhile a few shards are here at a time: some waiting, some open.
-        need = sum(sizes if self._upload is None else sizes[-_PASSING:])
+        need = sum(sizes if self._upload is None or self._hold else sizes[-_PASSING:])
         free = shutil.disk_usage(self.partial).free
         if need > free:
             raise PackError(
@@ -356,6 +363,12 @@ class ArtifactWriter:
             journal["upload"] = self._upload.state
         write_durably(self._journal, json.dumps(journal).encode())
 
+    def finish_upload(self) -> None:
+        """Have all shards of a result that goes elsewhere sent, before any result is published."""
+        if self._upload is not None:
+            with explained(self.partial):
+                self._upload.finish()
+
     def publish(self, files: Mapping[str, bytes]) -> list[OutputFile]:
         """Add small files and give the result its name.
 
@@ -410,6 +423,43 @@ class ArtifactWriter:
             self._lock_fd = -1
             if self._upload is not None:
                 self._upload.clean(self.partial)
+
+
+def _read_journal(final: Path) -> dict[str, Any]:
+    """What an earlier run noted; empty if there was none."""
+    journal: Any = {}
+    with contextlib.suppress(OSError, ValueError):
+        journal = json.loads(journal_of(final).read_text("utf-8"))
+    return journal if isinstance(journal, dict) else {}
+
+
+def refuse_uploaded(upload: Upload, force: bool) -> None:
+    """Check that a result may go elsewhere, before anything is read for it.
+
+    Raises:
+        PackError: Something is there and must not be replaced, or the place cannot be reached.
+    """
+    upload.refuse_existing(_read_journal(upload.folder).get("upload", {}), force)
+
+
+def check_place(final: Path, upload: Upload | None, sources: Iterable[Source], force: bool) -> None:
+    """Check that a result may go where it is to go.
+
+    Args:
+        final: Folder that it will have.
+        upload: Takes it elsewhere; None if it stays in that folder.
+        sources: What it is made from.
+        force: Whether an existing result is replaced.
+
+    Raises:
+        PackError: Something is in the folder, or an input lies there. What is elsewhere is looked
+            at when the writer begins.
+    """
+    if upload is not None:
+        upload.refuse_inputs(source.reference for source in sources)
+        return
+    refuse_existing(final, force)
+    refuse_inputs(final, (source.path for source in sources))
 
 
 def refuse_existing(final: Path, force: bool) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import itertools
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,84 +16,29 @@ import pytest
 
 from tests.conftest import Ran, digests, random_models, write_recipe
 from tests.hub_server import Fault, HubServer
+from tests.places import (
+    DIE_IN_S3,
+    SECRET,
+    Bucket,
+    Files,
+    counted,
+    hub_environment,
+    journal_below,
+    killed,
+    on_hub,
+    watch,
+)
 
-pytest.importorskip("s3fs")
-boto3 = pytest.importorskip("boto3")
-moto_server = pytest.importorskip("moto.server")
+for needed in ("s3fs", "boto3", "moto.server"):
+    pytest.importorskip(needed)
 
 pytestmark = pytest.mark.xdist_group("s3")
 
 SHAPES = {f"layers.{i}.up.weight": (200, 1000) for i in range(6)}
-SECRET = "not-to-be-seen-anywhere"
 REPO = "org/mine"
 SHARDS = ("--shard-size", "1MB")  # six files
 
-Files = dict[str, str]
 Call = Callable[..., Any]
-
-
-class Bucket:
-    """A bucket of a server on this machine, looked at with another client than pack's."""
-
-    def __init__(self, client: Any, name: str) -> None:
-        self.client = client
-        self.name = name
-
-    def files(self, prefix: str = "models/x/") -> Files:
-        """Digests by name of what anybody sees below a prefix."""
-        listed = self.client.list_objects_v2(Bucket=self.name, Prefix=prefix).get("Contents", ())
-        return {
-            entry["Key"].removeprefix(prefix): hashlib.sha256(
-                self.client.get_object(Bucket=self.name, Key=entry["Key"])["Body"].read()
-            ).hexdigest()
-            for entry in listed
-        }
-
-    def uploads(self) -> list[str]:
-        """Names of what is hidden."""
-        listed = self.client.list_multipart_uploads(Bucket=self.name).get("Uploads", ())
-        return sorted(entry["Key"].removeprefix("models/x/") for entry in listed)
-
-    def put(self, name: str) -> None:
-        self.client.put_object(Bucket=self.name, Key=f"models/x/{name}", Body=b"theirs")
-
-    @property
-    def place(self) -> str:
-        return f"s3://{self.name}/models/x"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    import logging
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bucket:
-    """An empty bucket, for this process and those that it starts."""
-    for name, value in {
-        "AWS_ENDPOINT_URL_S3": server, "AWS_ACCESS_KEY_ID": "somebody",
-        "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"), "AWS_MAX_ATTEMPTS": "1",
-        "NO_PROXY": "127.0.0.1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    monkeypatch.setattr("mergekit_lite.merge.destination.PAUSES", (0.0, 0.0, 0.0))
-    client = boto3.client("s3", endpoint_url=server)
-    name = f"bucket-{next(_NUMBERS)}"
-    client.create_bucket(Bucket=name)
-    return Bucket(client, name)
-
-
-_NUMBERS = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -137,58 +80,6 @@ def run(pack: Callable[..., Ran], recipe: Path, tmp_path: Path) -> Callable[...,
     return merge
 
 
-def _watch(monkeypatch: pytest.MonkeyPatch, see: Callable[[str, dict[str, Any]], None]) -> None:
-    """Show every request to S3, before it is made."""
-    from mergekit_lite.merge.destination_s3 import S3Store
-
-    made = S3Store._call
-
-    def call(self: S3Store, method: str, **words: Any) -> dict[str, Any]:
-        see(method, words)
-        return made(self, method, **words)
-
-    monkeypatch.setattr(S3Store, "_call", call)
-
-
-def _counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    _watch(monkeypatch, lambda method, _: counts.update([method]))
-    return counts
-
-
-def _killed(code: str, *words: object, cwd: Path, env: dict[str, str] | None = None) -> None:
-    """Run the command in a process that the code, which may call `die`, ends."""
-    start = (
-        "import os, signal, sys\n"
-        "def die(): os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"{code}\n"
-        "from mergekit_lite.cli import main\n"
-        f"sys.argv = ['pack', *{[str(word) for word in words]!r}]\n"
-        "main()\n"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", start], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
-    )
-    assert ran.returncode == -9, ran.stdout + ran.stderr
-    assert SECRET not in ran.stdout + ran.stderr
-
-
-_DIE_IN_S3 = """
-from mergekit_lite.merge import destination_s3
-made, seen = destination_s3.S3Store._call, []
-def call(self, method, **words):
-    answer = made(self, method, **words)
-    seen.append(method)
-    if seen.count({method!r}) == {count}: die()
-    return answer
-destination_s3.S3Store._call = call
-"""
-
-
-def _journal(folder: Path) -> Path:
-    return next((folder / "dist" / ".uploads").glob(".*.journal"))
-
-
 def test_the_same_files_and_nothing_before_the_end(
     bucket: Bucket, run: Callable[..., Ran], local: Files, monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -205,7 +96,7 @@ def test_the_same_files_and_nothing_before_the_end(
         if method in ("complete_multipart_upload", "put_object"):
             order.append(words["Key"].rpartition("/")[2])
 
-    _watch(monkeypatch, see)
+    watch(monkeypatch, see)
     ran = run(bucket.place, *SHARDS, "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["folder"] == bucket.place
@@ -228,13 +119,13 @@ def test_killed_runs_go_on(
 ) -> None:  # fmt: skip
     """SIGKILL while shards go up, and in the last phase: what was sent is not sent again."""
     words = ("merge", recipe, "-o", bucket.place, *SHARDS)
-    _killed(_DIE_IN_S3.format(method=method, count=count), *words, cwd=tmp_path)
+    killed(DIE_IN_S3.format(method=method, count=count), *words, cwd=tmp_path)
     uploading = method in ("create_multipart_upload", "upload_part")
     assert (bucket.files() == {}) == uploading
-    journal = json.loads(_journal(tmp_path).read_text())
+    journal = json.loads(journal_below(tmp_path).read_text())
     up = [n for n, state in journal["upload"]["uploads"].items() if state.get("done") == "up"]
     assert len(up) == (count - 1 if uploading else 6)
-    counts = _counted(monkeypatch)
+    counts = counted(monkeypatch)
     ran = run(bucket.place)
     assert ran.code == 0, ran.err
     assert f"continuing: {len(journal['shards'])} of 6" in ran.err
@@ -248,7 +139,7 @@ def test_stopped_and_continued(
     bucket: Bucket, run: Callable[..., Ran], recipe: Path, local: Files, tmp_path: Path
 ) -> None:
     """Ctrl-C while shards go up: one message, and the same command goes on."""
-    code = _DIE_IN_S3.format(method="upload_part", count=2).replace(
+    code = DIE_IN_S3.format(method="upload_part", count=2).replace(
         "die()", "os.kill(os.getpid(), signal.SIGINT)"
     )
     start = (
@@ -273,9 +164,9 @@ def test_parts_of_a_shard_are_kept(
     random_models(tmp_path, shapes={f"layers.{i}.up.weight": (2000, 1000) for i in range(2)})
     recipe = write_recipe(tmp_path / "r.yaml", "linear", {"a": {}, "b": {}})
     assert pack("merge", recipe, "-o", "local", cwd=tmp_path).code == 0
-    code = _DIE_IN_S3.format(method="upload_part", count=1) + "\ndestination_s3._AT_ONCE = 1"
-    _killed(code, "merge", recipe, "-o", bucket.place, cwd=tmp_path)
-    counts = _counted(monkeypatch)
+    code = DIE_IN_S3.format(method="upload_part", count=1) + "\ndestination_s3._AT_ONCE = 1"
+    killed(code, "merge", recipe, "-o", bucket.place, cwd=tmp_path)
+    counts = counted(monkeypatch)
     ran = pack("merge", recipe, "-o", bucket.place, cwd=tmp_path)
     assert ran.code == 0, ran.err
     assert counts["upload_part"] == 1
@@ -286,7 +177,7 @@ def test_another_recipe_cleans_what_was_sent(
     bucket: Bucket, run: Callable[..., Ran], recipe: Path, models: Path, tmp_path: Path
 ) -> None:
     words = ("merge", recipe, "-o", bucket.place, *SHARDS)
-    _killed(_DIE_IN_S3.format(method="upload_part", count=3), *words, cwd=tmp_path)
+    killed(DIE_IN_S3.format(method="upload_part", count=3), *words, cwd=tmp_path)
     assert len(bucket.uploads()) >= 3
     _recipe(models, tmp_path, 0.25)
     ran = run(bucket.place)
@@ -301,7 +192,7 @@ def test_another_recipe_after_the_last_phase_began(
 ) -> None:
     """Shards that are visible without a lock are of the killed run; they are replaced."""
     words = ("merge", recipe, "-o", bucket.place, "--shard-size", "800kB")
-    _killed(_DIE_IN_S3.format(method="complete_multipart_upload", count=2), *words, cwd=tmp_path)
+    killed(DIE_IN_S3.format(method="complete_multipart_upload", count=2), *words, cwd=tmp_path)
     assert len(bucket.files()) == 2
     _recipe(models, tmp_path, 0.25)
     ran = run(bucket.place, "--shard-size", "2GB")
@@ -315,7 +206,7 @@ def test_what_expired_is_made_again(
 ) -> None:
     """A rule of the bucket may abort uploads that wait for long."""
     words = ("merge", recipe, "-o", bucket.place, *SHARDS)
-    _killed(_DIE_IN_S3.format(method="upload_part", count=3), *words, cwd=tmp_path)
+    killed(DIE_IN_S3.format(method="upload_part", count=3), *words, cwd=tmp_path)
     for entry in bucket.client.list_multipart_uploads(Bucket=bucket.name)["Uploads"]:
         bucket.client.abort_multipart_upload(
             Bucket=bucket.name, Key=entry["Key"], UploadId=entry["UploadId"]
@@ -338,7 +229,7 @@ def test_nothing_of_the_users_is_overwritten(
     assert not (tmp_path / "dist").exists()
     bucket.client.delete_object(Bucket=bucket.name, Key="models/x/theirs.txt")
     # What comes while shards go up is seen before the end.
-    _watch(monkeypatch, lambda m, _: bucket.put("late") if m == "create_multipart_upload" else None)
+    watch(monkeypatch, lambda m, _: bucket.put("late") if m == "create_multipart_upload" else None)
     ran = run(bucket.place)
     assert ran.code == 1
     assert "already exists" in ran.err
@@ -360,7 +251,7 @@ def test_force(bucket: Bucket, run: Callable[..., Ran], monkeypatch: pytest.Monk
         if method in ("complete_multipart_upload", "put_object", "delete_object"):
             steps.append(f"{method[:3]} {words['Key'].rpartition('/')[2]}")
 
-    _watch(monkeypatch, see)
+    watch(monkeypatch, see)
     ran = run(bucket.place, "--shard-size", "2GB", "--force")
     assert ran.code == 0, ran.err
     assert steps[:4] == [
@@ -408,7 +299,6 @@ def test_errors(
     "words",
     [
         ("extract", "a", "--base", "base"),
-        ("quantize", "a", "--to", "gguf", "q8_0"),
         ("imatrix", "a"),
     ],
 )
@@ -435,7 +325,7 @@ def test_a_server_that_fails(
         left["sent"] += method == "upload_part"
 
     with monkeypatch.context() as patch:
-        _watch(patch, fail)
+        watch(patch, fail)
         left["some"] = -1
         ran = run(bucket.place)
         assert ran.code == 1
@@ -443,7 +333,7 @@ def test_a_server_that_fails(
         assert "uploaded files are kept" in ran.err
         assert bucket.files() == {}
     with monkeypatch.context() as patch:
-        _watch(patch, fail)
+        watch(patch, fail)
         left["some"] = 2
         ran = run(bucket.place)
         assert ran.code == 0, ran.err
@@ -466,12 +356,6 @@ def test_local_results_pay_nothing(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture
 def to_hub(hub: HubServer, recipe: Path, tmp_path: Path) -> Callable[..., Ran]:
     """Merge in a process that knows this Hub alone."""
 
@@ -479,23 +363,12 @@ def to_hub(hub: HubServer, recipe: Path, tmp_path: Path) -> Callable[..., Ran]:
         ran = subprocess.run(
             [sys.executable, "-m", "mergekit_lite", "merge", recipe, "-o", f"hf://{REPO}",
              *SHARDS, *words],
-            cwd=tmp_path, env=_hub_environment(hub, tmp_path), capture_output=True, text=True,
+            cwd=tmp_path, env=hub_environment(hub, tmp_path), capture_output=True, text=True,
         )  # fmt: skip
         assert "hf_xxx" not in ran.stdout + ran.stderr
         return Ran(ran.returncode, ran.stdout, ran.stderr)
 
     return merge
-
-
-def _hub_environment(hub: HubServer, tmp_path: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    return {**kept, **hub.environment(tmp_path / "hf"), "HF_TOKEN": "hf_" + "x" * 34}
-
-
-def _on_hub(hub: HubServer) -> Files:
-    repository = hub.repositories[REPO]
-    files = repository.commits[repository.refs["main"]]
-    return {n: hashlib.sha256(c).hexdigest() for n, c in files.items() if n != ".gitattributes"}
 
 
 def _sent(hub: HubServer) -> int:
@@ -507,7 +380,7 @@ def test_to_the_hub(hub: HubServer, to_hub: Callable[..., Ran], local: Files) ->
     ran = to_hub()
     assert ran.code == 0, ran.err
     assert f"→ hf://{REPO}" in ran.out
-    assert _on_hub(hub) == local
+    assert on_hub(hub, REPO) == local
     repository = hub.repositories[REPO]
     assert repository.private
     assert len(repository.commits) == 2
@@ -518,7 +391,7 @@ def test_to_the_hub(hub: HubServer, to_hub: Callable[..., Ran], local: Files) ->
     assert repository.refs["main"] == before
     ran = to_hub("--force", "--shard-size", "2GB")
     assert ran.code == 0, ran.err
-    assert sorted(_on_hub(hub)) == ["config.json", "model.safetensors", "pack.lock"]
+    assert sorted(on_hub(hub, REPO)) == ["config.json", "model.safetensors", "pack.lock"]
     assert len(repository.commits) == 3
 
 
@@ -528,12 +401,12 @@ def test_theirs_on_the_hub(hub: HubServer, to_hub: Callable[..., Ran], local: Fi
     ran = to_hub("--force")
     assert ran.code == 1
     assert "holds 'model.safetensors', which pack did not write there" in ran.err
-    assert list(_on_hub(hub)) == ["model.safetensors"]
+    assert list(on_hub(hub, REPO)) == ["model.safetensors"]
     assert _sent(hub) == 0
     hub.add(REPO, {".gitattributes": b"x", "README.md": b"card"})
     assert to_hub().code == 0
     card = hashlib.sha256(b"card").hexdigest()
-    assert _on_hub(hub) == {**local, "README.md": card}
+    assert on_hub(hub, REPO) == {**local, "README.md": card}
 
 
 _DIE_AT_HUB = """
@@ -553,17 +426,17 @@ def test_killed_on_the_way_to_the_hub(
     method: str, count: int,
 ) -> None:  # fmt: skip
     """Files that are up are not sent again, though they are not here any more; one commit."""
-    _killed(
+    killed(
         _DIE_AT_HUB.format(method=method, count=count), "merge", recipe, "-o", f"hf://{REPO}",
-        *SHARDS, cwd=tmp_path, env=_hub_environment(hub, tmp_path),
+        *SHARDS, cwd=tmp_path, env=hub_environment(hub, tmp_path),
     )  # fmt: skip
-    assert (_on_hub(hub) == {}) == (method == "upload")
+    assert (on_hub(hub, REPO) == {}) == (method == "upload")
     assert _sent(hub) == (3 if method == "upload" else 6)
     ran = to_hub()
     assert ran.code == 0, ran.err
     assert "continuing:" in ran.err
     assert _sent(hub) == 6
-    assert _on_hub(hub) == local
+    assert on_hub(hub, REPO) == local
     assert len(hub.repositories[REPO].commits) == 2
     assert not (tmp_path / "dist").exists()
 
@@ -572,14 +445,14 @@ def test_the_hub_forgot(
     hub: HubServer, to_hub: Callable[..., Ran], recipe: Path, local: Files, tmp_path: Path
 ) -> None:
     """Large files that no commit names are removed after a while; then they are made again."""
-    _killed(
+    killed(
         _DIE_AT_HUB.format(method="upload", count=3), "merge", recipe, "-o", f"hf://{REPO}",
-        *SHARDS, cwd=tmp_path, env=_hub_environment(hub, tmp_path),
+        *SHARDS, cwd=tmp_path, env=hub_environment(hub, tmp_path),
     )  # fmt: skip
     hub.repositories[REPO].large.clear()
     ran = to_hub()
     assert ran.code == 0, ran.err
-    assert _on_hub(hub) == local
+    assert on_hub(hub, REPO) == local
 
 
 def test_a_hub_that_fails(hub: HubServer, to_hub: Callable[..., Ran], local: Files) -> None:
@@ -588,11 +461,11 @@ def test_a_hub_that_fails(hub: HubServer, to_hub: Callable[..., Ran], local: Fil
     assert ran.code == 1
     assert "the Hub answers 500" in ran.err
     assert "Traceback" not in ran.err
-    assert _on_hub(hub) == {}
+    assert on_hub(hub, REPO) == {}
     ran = to_hub()
     assert ran.code == 0, ran.err
     assert _sent(hub) == 6
-    assert _on_hub(hub) == local
+    assert on_hub(hub, REPO) == local
     hub.faults.append(Fault(f"GET /api/models/{REPO}", status=401))
     ran = to_hub("--force")
     assert ran.code == 1
