@@ -13,8 +13,8 @@ from exporters.linears.folding import FoldingRounder
 from exporters.linears.layouts import AwqLayout, CompressedLayout, GptqLayout, Layout
 from exporters.linears.quantized import Grid
 from exporters.linears.rounder import FEWEST_TOKENS, PlainRounder, Rounder, WeightRounder
-from exporters.linears.run import Request
 from exporters.linears.scheme import Scheme, parse_scheme
+from exporters.linears.work import Request
 from exporters.schemes import BUILT_IN, SCHEMES, TARGETS, WEIGHTS_ALONE
 from mergekit_lite.checkpoint.gguf import GgufCheckpoint
 from mergekit_lite.errors import PackError, nearest
@@ -127,7 +127,7 @@ def plan_target(
     return Request(
         wanted.target, wanted.scheme.lower(), layout, _rounder(wanted, layout.grid),
         windows if wanted.looks else None, folder, asked_of(wanted, windows), _besides(wanted),
-        wanted.device, wanted.dtype, force,
+        wanted.threads, wanted.device, wanted.dtype, force,
     )  # fmt: skip
 
 
@@ -214,9 +214,9 @@ def _rounder(wanted: Wanted, grid: Grid) -> Rounder | WeightRounder:
     from exporters.int8.scaling import SmoothScaling
 
     if wanted.target == "bnb":
-        return Nf4Rounder(wanted.threads)
+        return Nf4Rounder()
     if not wanted.looks:
-        return PlainRounder(grid, wanted.threads)
+        return PlainRounder(grid)
     gptq = GptqRounder(grid, wanted.settings, wanted.threads, wanted.device)
     rounding = None if wanted.nearest else gptq
     if wanted.target == "awq":

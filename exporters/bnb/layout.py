@@ -98,20 +98,15 @@ class Nf4Layout:
 
 
 class Nf4Rounder(WeightRounder):
-    """Rounds to the nearest of the 16 values.
-
-    Args:
-        threads: Worker threads.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
+    """Rounds to the nearest of the 16 values."""
 
     def details(self) -> Mapping[str, Any]:
         """See `WeightRounder`."""
         return {"method": "nf4"}
 
-    def round(self, checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> LayerResult:
+    def round(
+        self, checkpoint: Checkpoint, matrices: Sequence[Matrix], threads: int
+    ) -> LayerResult:
         """See `WeightRounder`."""
         result = LayerResult()
         for matrix in matrices:
@@ -122,7 +117,7 @@ class Nf4Rounder(WeightRounder):
             scales = np.empty((columns // _BLOCK, rows), np.float32)
             codes = np.empty(laid.shape, np.uint8)
             work = partial(grid.nearest, laid, grid.NF4, _BLOCK, scales, codes)
-            in_slices(work, rows, columns, self._threads)
+            in_slices(work, rows, columns, threads)
             group_of = (np.arange(columns) // _BLOCK).astype(np.int32)
             zeros = np.zeros(scales.shape, np.uint8)
             result.quantized[matrix.tensor] = Quantized(codes, scales, zeros, group_of)

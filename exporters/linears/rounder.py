@@ -77,8 +77,10 @@ class WeightRounder(ABC):
         """Settings, for config and lock."""
 
     @abstractmethod
-    def round(self, checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> LayerResult:
-        """Round matrices as they are read."""
+    def round(
+        self, checkpoint: Checkpoint, matrices: Sequence[Matrix], threads: int
+    ) -> LayerResult:
+        """Round matrices as they are read, on so many threads."""
 
 
 class PlainRounder(WeightRounder):
@@ -86,26 +88,26 @@ class PlainRounder(WeightRounder):
 
     Args:
         grid: Of the codes.
-        threads: Worker threads.
     """
 
-    def __init__(self, grid: Grid, threads: int) -> None:
+    def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._threads = threads
 
     def details(self) -> Mapping[str, Any]:
         """See `Rounder`."""
         return {"method": "rtn"}
 
-    def round(self, checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> LayerResult:
-        """Round matrices as they are read."""
+    def round(
+        self, checkpoint: Checkpoint, matrices: Sequence[Matrix], threads: int
+    ) -> LayerResult:
+        """Round matrices as they are read, on so many threads."""
         result = LayerResult()
         for matrix in matrices:
             weights = read_float(checkpoint, matrix.tensor).astype(np.float32, copy=False)
             check_finite(matrix, weights)
             laid = weights if matrix.transposed else weights.T
             result.quantized[matrix.tensor] = rounded(
-                np.ascontiguousarray(laid), None, self._grid, self._threads
+                np.ascontiguousarray(laid), None, self._grid, threads
             )
         return result
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,49 +27,75 @@ _FINGERPRINT, _NOTES = "fingerprint", "notes"
 
 
 class LayerStore:
-    """The finished layers of one result.
+    """The finished layers of one result; several processes may put layers into it.
 
     Args:
         final: Folder that the result will have.
         fingerprint: Of all that decides its bytes.
         count: Number of layers.
+
+    Attributes:
+        discarded: Whether `begin` found layers of another run, and removed them.
     """
 
     def __init__(self, final: Path, fingerprint: str, count: int) -> None:
+        self._final = final
         self._folder = final.parent / f".{final.name}.layers"
         self._fingerprint = fingerprint
         self._count = count
         self._open: dict[int, SafetensorsCheckpoint] = {}
+        self.discarded = False
+
+    def begin(self) -> None:
+        """Make the folder, and remove layers of another run; for who leads the run.
+
+        Raises:
+            PackError: It cannot be made.
+        """
         if self._folder.exists() and not self._folder.is_dir():
             raise PackError(f"{self._folder}: is not a folder", "Move it away.")
-        with explained(final):
+        with explained(self._final):
             self._folder.mkdir(parents=True, exist_ok=True)
             stated = self._folder / _FINGERPRINT
-            same = stated.is_file() and stated.read_text() == fingerprint
+            same = stated.is_file() and stated.read_text() == self._fingerprint
             self.discarded = stated.is_file() and not same
             if not same:
                 shutil.rmtree(self._folder)
                 self._folder.mkdir()
-                stated.write_text(fingerprint)
-        self.done = {index for index in range(count) if self._holds(index)}
+                stated.write_text(self._fingerprint)
 
-    def _holds(self, index: int) -> bool:
+    @property
+    def done(self) -> list[int]:
+        """Numbers of the layers that are finished, in order."""
+        return [index for index in range(self._count) if self.has(index)]
+
+    def has(self, index: int) -> bool:
         """Whether a layer is there and whole; one that is damaged is made again."""
         path = self._path(index)
+        if index in self._open:
+            return True
         if not path.is_file():
             return False
         try:
             self.get(index)
         except PackError:
-            path.unlink()
+            path.unlink(missing_ok=True)
             return False
         return True
+
+    def listed(self) -> set[int]:
+        """Numbers of the layers that have a file, which is not looked into."""
+        return {index for index in range(self._count) if self._path(index).is_file()}
 
     def _path(self, index: int) -> Path:
         return self._folder / f"layer-{index:05}.safetensors"
 
     def put(
-        self, index: int, tensors: Mapping[str, tuple[DType, Array]], notes: Sequence[str]
+        self,
+        index: int,
+        tensors: Mapping[str, tuple[DType, Array]],
+        notes: Sequence[str],
+        attempts: Path,
     ) -> None:
         """Keep a layer.
 
@@ -76,6 +103,8 @@ class LayerStore:
             index: Its number.
             tensors: Type and content by name; content of the type's storage.
             notes: What the user should know of it.
+            attempts: Folder of this run on the same disk, where it is written before it gets its
+                name. It is gone when the run is over, so that what is late comes to nothing.
         """
         # Large types first, so that every tensor is aligned.
         order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
@@ -83,16 +112,14 @@ class LayerStore:
             ((name, tensors[name][0], tensors[name][1].shape) for name in order),
             {_NOTES: json.dumps(list(notes))},
         )
-        path = self._path(index)
-        beside = path.with_suffix(".tmp")
-        with explained(path), beside.open("wb") as file:
+        beside = attempts / uuid.uuid4().hex
+        with explained(beside), beside.open("wb") as file:
             file.write(prefix)
             for name in order:
                 file.write(np.ascontiguousarray(tensors[name][1]).reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
-        self.done.add(index)
+            beside.rename(self._path(index))
 
     def get(self, index: int) -> SafetensorsCheckpoint:
         """A finished layer."""

@@ -210,7 +210,7 @@ class Quantizing:
                 with make_progress(self.quiet) as progress:
                     request = plan_target(wanted, whole, windows, folder, self.force)
                     upload = self.uploads.get(folder)
-                    self._add_linears(run_linears(whole, request, progress, upload))
+                    self._add_linears(run_linears(whole, request, progress, upload=upload))
         finally:
             whole.close()
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mergekit_lite.merge.writer import ArtifactWriter
     from mergekit_lite.methods.base import Statistic
 
-__all__ = ["Computed", "Engine", "Origin", "Portion", "Sink", "Work"]
+__all__ = ["Computed", "Engine", "Origin", "Portion", "Sink", "Step", "Work"]
 
 
 class Sink(Protocol):
@@ -59,6 +59,24 @@ class Origin(Protocol):
         """Open the inputs and plan; reads headers and small files only."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """Something that is done before the files of a work are written.
+
+    What it makes lies beside the result, for whoever writes these. One that is begun again goes on
+    where it was, and of two processes that do the same one either may win.
+
+    Attributes:
+        number: That its work knows it by.
+        name: For people.
+        size: In bytes, as progress is counted.
+    """
+
+    number: int
+    name: str
+    size: int
+
+
 class Work(ABC):
     """One result, or several of the same weights.
 
@@ -70,6 +88,9 @@ class Work(ABC):
         references: Of the inputs.
         paths: Where these lie on this machine.
         checked: Whether `check` looks at anything.
+        step_threads: Threads of a process that does steps, where their bytes follow from it; None
+            for any number.
+        libraries: Packages whose versions the bytes follow from, beside those of every work.
     """
 
     title: str
@@ -79,6 +100,8 @@ class Work(ABC):
     references: Sequence[str]
     paths: Sequence[Path]
     checked: bool = False
+    step_threads: int | None = None
+    libraries: Sequence[str] = ()
 
     @property
     @abstractmethod
@@ -92,6 +115,30 @@ class Work(ABC):
     @abstractmethod
     def observe(self, run: Callable[[Iterator[Job]], None], progress: Progress) -> None:
         """Show that statistic all tensors; before any job, unless a settled one was set."""
+
+    def steps(self) -> Sequence[Step]:
+        """What is left to do before files are written; in any order, at the same time too."""
+        return ()
+
+    def stepped(self) -> int:
+        """Bytes of what steps have finished so far, by whomever."""
+        return 0
+
+    def do(
+        self, steps: Sequence[Step], attempts: Sequence[Path], threads: int, progress: Progress
+    ) -> None:
+        """Do steps, one after the other; the statistic is settled before.
+
+        Args:
+            steps: Which.
+            attempts: A folder of this run for each result, on its disk, for what is unfinished.
+            threads: Worker threads.
+            progress: Told how far it is.
+        """
+
+    def step_bytes(self, threads: int) -> int:
+        """Upper estimate of the resident memory of a process that does a step."""
+        return 0
 
     @abstractmethod
     def jobs(self, portions: Sequence[Portion]) -> Iterator[Job]:
@@ -129,7 +176,7 @@ class Computed:
     Attributes:
         weights: Hashed weight files by reference of an input.
         checked: What `Work.check` found.
-        recomputed: Files that were computed again, since whoever computed them was lost.
+        recomputed: Files and steps that were begun again, since whoever computed them was lost.
     """
 
     weights: Mapping[str, Sequence[InputFile]]

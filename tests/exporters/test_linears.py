@@ -554,7 +554,8 @@ def test_continued_with_its_own_settings_alone(tmp_path: Path) -> None:
         request = plan_target(wanted, whole, windows(), tmp_path / "out", True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                "exporters.linears.run._Run._write", lambda _self: (_ for _ in ()).throw(OSError)
+                "exporters.linears.work.LinearsWork.jobs",
+                lambda *_: (_ for _ in ()).throw(OSError),
             )
             with pytest.raises(OSError):  # noqa: PT011 (the one that is thrown)
                 run_linears(whole, request, SILENT)
