@@ -137,6 +137,7 @@ class LinearsWork(Work):
     """
 
     title = "Write"
+    steps_title = "Layers"
     libraries = ("torch", "transformers")
 
     def __init__(self, model: WholeModel, request: Request) -> None:
@@ -252,7 +253,7 @@ class LinearsWork(Work):
         threads: int,
         progress: Progress,
     ) -> None:
-        progress.begin("Layers", sum(step.size for step in steps))
+        progress.begin(self.steps_title, sum(step.size for step in steps))
         for step in steps:
             if not self.store.has(step.number):
                 held = self._by_layer.get(step.number, [])

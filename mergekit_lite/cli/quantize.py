@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from exporters.gguf.mixtures import Overrides
     from exporters.onnx.schemes import Route
     from exporters.schemes import Order
+    from mergekit_lite.cli.quantizing import Quantizing
     from mergekit_lite.merge.address import Address
 
 __all__ = ["command"]
@@ -222,12 +223,8 @@ def command(
         model, once, output, name, force, threads or default_threads(), device, calibration,
         context, windows, seed, quiet or as_json,
     )  # fmt: skip
-    if engine_name != "local" and (job.others or job.onnxes):
-        made = ", ".join(dict.fromkeys(target for target, _ in once if target != "gguf"))
-        raise click.UsageError(
-            f"--engine {engine_name} spreads GGUF files over a cluster; {made} runs the model in "
-            "one process, so leave it out there"
-        )
+    if engine_name != "local":
+        _check_spread(job)
     of_gguf = {
         "--imatrix": imatrix, "--tensor-type": patterns, "--output-type": output_type,
         "--embedding-type": embedding_type, "--pure": pure, "--split-max-size": split_max_size,
@@ -267,15 +264,28 @@ def command(
             "--link-weights": linked,
         })  # fmt: skip
     job.open_uploads(linked)
-    job.make_linears(form, not no_calibration, nearest, act_order, damping, dtype)
-    job.make_onnxes(int(block), not asymmetric, route, dtype, linked, verify is not False)
     with make_engine(engine_name, address, threads) as engine:
+        job.make_linears(
+            form, not no_calibration, nearest, act_order, damping, dtype, memory, engine
+        )
+        job.make_onnxes(int(block), not asymmetric, route, dtype, linked, verify is not False)
         job.make_ggufs(imatrix, overrides, split_max_size, memory, verify, engine)
     if as_json:
         click.echo(json.dumps(job.described))
     elif not quiet:
         for line in job.lines:
             line.show()
+
+
+def _check_spread(job: Quantizing) -> None:
+    """Refuse what only one process can make, where a cluster was asked for."""
+    if job.onnxes:
+        raise click.UsageError(
+            "--engine ray spreads GGUF, GPTQ, AWQ, int8 and bnb over a cluster; ONNX is made by "
+            "one process, so leave it out there"
+        )
+    if job.others and job.device != "cpu":
+        raise click.UsageError("--device is of this machine: with --engine ray leave it out")
 
 
 def _check_targets(targets: tuple[tuple[str, str], ...]) -> None:

@@ -174,6 +174,8 @@ class Quantizing:
         order: Order,
         damping: float,
         dtype: str,
+        memory: int,
+        engine: Engine,
     ) -> None:
         """Make what is no GGUF, one after the other."""
         if not self.others:
@@ -210,7 +212,7 @@ class Quantizing:
                 with make_progress(self.quiet) as progress:
                     request = plan_target(wanted, whole, windows, folder, self.force)
                     upload = self.uploads.get(folder)
-                    self._add_linears(run_linears(whole, request, progress, upload=upload))
+                    self._add_linears(run_linears(whole, request, progress, engine, memory, upload))
         finally:
             whole.close()
 
@@ -323,6 +325,7 @@ class Quantizing:
             "seconds": round(made.seconds, 3),
             "bits_per_weight": round(made.bits, 3),
             "matrices": made.matrices,
+            "recomputed": made.recomputed,
             "notes": list(made.notes),
             "outputs": _outputs(made),
         })  # fmt: skip

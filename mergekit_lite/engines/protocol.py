@@ -82,6 +82,7 @@ class Work(ABC):
 
     Attributes:
         title: Of the stage in which it is computed.
+        steps_title: Of the one before it, in which steps are done.
         origin: What opens it again.
         results: The files of each result.
         fingerprints: Of each result: equal where plan and inputs are.
@@ -100,6 +101,7 @@ class Work(ABC):
     references: Sequence[str]
     paths: Sequence[Path]
     checked: bool = False
+    steps_title: str = ""
     step_threads: int | None = None
     libraries: Sequence[str] = ()
 

@@ -1,4 +1,4 @@
-"""A Ray cluster: a task for each file of the result, one for the digests of each input.
+"""A Ray cluster: a task for each step and file of the result, one for the digests of each input.
 
 The process that was started plans, hands out tasks, notes each finished file in the result's
 journal and publishes; it reads no weights. A task is plain data and opens the inputs itself, so
@@ -11,8 +11,9 @@ SPREAD strategy gives every node its share. A task declares its threads as CPUs 
 peak as memory, so a node runs as many as fit.
 
 **What is lost.** Retries are counted here and not left to Ray: a file whose worker or node is lost
-is asked for again, by whoever has room, and files that are finished stay. Where this process dies,
-the next run continues from the journal.
+is asked for again, by whoever has room, and files that are finished stay; a step goes on where it
+was, so it is given up only if it is lost again and again without getting any further. Where this
+process dies, the next run continues from the journal.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Self
 from mergekit_lite.checkpoint.far.fetcher import FETCHER
 from mergekit_lite.checkpoint.known import KNOWN
 from mergekit_lite.engines import tasks
-from mergekit_lite.engines.protocol import Computed, Engine, Work
+from mergekit_lite.engines.protocol import Computed, Engine, Step, Work
 from mergekit_lite.engines.tasks import Asked, Failed, Written
 from mergekit_lite.errors import Interrupted, PackError
 
@@ -79,6 +80,7 @@ class _Call:
     what: str
     take: Callable[[Any], None]
     lost: list[str] = field(default_factory=list)
+    stepped: int = 0
 
 
 class RayEngine(Engine):
@@ -135,7 +137,7 @@ class RayEngine(Engine):
             partials=[writer.partial.absolute() for writer in writers],
             attempts=[writer.begin_attempts(run).absolute() for writer in writers],
             folder=Path.cwd(),
-            versions=tasks.versions(),
+            versions={**tasks.versions(), **tasks.installed(work.libraries)},
             memory=memory,
             rehash=not KNOWN.enabled,
             cache=FETCHER.cache_bytes,
@@ -204,7 +206,9 @@ class _Run:
         self._nodes: list[_Node] = []
         self._where: dict[str, Any] = {"scheduling_strategy": "SPREAD"}
         self._recomputed = 0
+        self._restarted = 0
         self._written = 0
+        self._measure: Callable[[], int] = self._in_files
         self._shown = 0
 
     def __enter__(self) -> Self:
@@ -234,16 +238,23 @@ class _Run:
         todo = [(number, shard) for number, writer in enumerate(self._writers)
                 for shard in writer.missing()]  # fmt: skip
         self._look()
+        steps = self._work.steps()
+        step_threads = self._work.step_threads or asked_threads or self._share(len(steps))
+        step_needs = self._needs(step_threads, self._work.step_bytes(step_threads)) if steps else {}
         threads = asked_threads or self._share(len(todo))
-        needs = self._needs(threads)
-        statistic = self._settle() if todo or self._work.checked else None
+        needs = self._needs(threads, self._work.peak_bytes(self._memory, threads))
+        statistic = self._settle() if todo or steps or self._work.checked else None
         weights: dict[str, list[InputFile]] = {}
+        others = [self._digest_call(reference, weights) for reference in self._work.references]
+        if steps:
+            calls = [self._step_call(step, statistic, step_threads, step_needs) for step in steps]
+            self._do([*calls, *others], sum(step.size for step in steps))
+            others = []
         calls = [self._write_call(number, shard.name, statistic, threads, needs)
                  for number, shard in todo]  # fmt: skip
-        calls += [self._digest_call(reference, weights) for reference in self._work.references]
         if todo:
             self._progress.begin(self._work.title, sum(shard.size for _, shard in todo))
-        self._gather(calls)
+        self._gather([*calls, *others])
         self._progress.begin("Check inputs", 0)
         again = self._work.origin.open()
         again.close()
@@ -257,14 +268,18 @@ class _Run:
             self._gather([
                 _Call(tasks.check, (statistic,), needs, "the check of the result", found.append)
             ])  # fmt: skip
-        if self._recomputed:
-            many = self._recomputed != 1
+        self._tell_lost("file", "computed", self._recomputed)
+        self._tell_lost("step", "begun", self._restarted)
+        ordered = {reference: weights[reference] for reference in self._work.references}
+        return Computed(ordered, found[-1], self._recomputed + self._restarted)
+
+    def _tell_lost(self, what: str, done: str, count: int) -> None:
+        if count:
+            many = count != 1
             self._progress.note(
-                f"{self._recomputed} file{'s were' if many else ' was'} computed again, since "
+                f"{count} {what}{'s were' if many else ' was'} {done} again, since "
                 f"{'their workers were' if many else 'its worker was'} lost"
             )
-        ordered = {reference: weights[reference] for reference in self._work.references}
-        return Computed(ordered, found[-1], self._recomputed)
 
     def _look(self) -> None:
         """Ask every node whether tasks can run there."""
@@ -317,13 +332,12 @@ class _Run:
         most = max(node.cpus for node in self._nodes)
         return max(1, min(most, cpus // max(1, files)))
 
-    def _needs(self, threads: int) -> dict[str, Any]:
+    def _needs(self, threads: int, peak: int) -> dict[str, Any]:
         """What a task needs of its node.
 
         Raises:
             PackError: No node has that much.
         """
-        peak = self._work.peak_bytes(self._memory, threads)
         if not any(node.cpus >= threads and node.memory >= peak for node in self._nodes):
             most = max(node.cpus for node in self._nodes)
             largest = max(node.memory for node in self._nodes)
@@ -339,12 +353,24 @@ class _Run:
         if self._work.statistic is None:
             return None
         threads = max(node.cpus for node in self._nodes)
+        peak = self._work.peak_bytes(self._memory, threads)
         self._progress.begin("Trim", 0)
         found: list[Any] = []
         self._gather([
-            _Call(tasks.settle, (threads,), self._needs(threads), "a statistic", found.append)
+            _Call(tasks.settle, (threads,), self._needs(threads, peak), "a statistic", found.append)
         ])  # fmt: skip
         return self._ray.put(found[0])
+
+    def _do(self, calls: Sequence[_Call], size: int) -> None:
+        """Have steps done, and show how far they are by what lies beside the result."""
+        before = self._work.stepped()
+        self._progress.begin(self._work.steps_title, size)
+        self._measure, self._shown = lambda: self._work.stepped() - before, 0
+        self._gather(calls)
+        self._measure, self._shown = self._in_files, 0
+
+    def _step_call(self, step: Step, statistic: Any, threads: int, needs: dict[str, Any]) -> _Call:
+        return _Call(tasks.do, (step, statistic, threads), needs, step.name, lambda _: None)
 
     def _write_call(
         self, number: int, name: str, statistic: Any, threads: int, needs: dict[str, Any]
@@ -393,6 +419,12 @@ class _Run:
         return self._remotes[function]
 
     def _again(self, call: _Call, why: str) -> None:
+        if call.function is tasks.do:
+            self._restarted += 1
+            now = self._work.stepped()
+            if now > call.stepped:
+                call.lost.clear()
+                call.stepped = now
         call.lost.append(why)
         if len(call.lost) >= _MOST:
             raise PackError(
@@ -436,16 +468,20 @@ class _Run:
             ) from None
 
     def _show(self) -> None:
-        """Tell how far it is: files that are finished, and what is on the disk of the others."""
+        """Tell how far it is."""
+        done = self._measure()
+        if done > self._shown:
+            self._progress.advance(done - self._shown)
+            self._shown = done
+
+    def _in_files(self) -> int:
+        """Bytes of files that are finished, and what is on the disk of the others."""
         sizes = 0
         for folder in self._attempts:
             for path in _files(folder):
                 with contextlib.suppress(OSError):
                     sizes += path.stat().st_size
-        done = self._written + sizes
-        if done > self._shown:
-            self._progress.advance(done - self._shown)
-            self._shown = done
+        return self._written + sizes
 
 
 class _LostError(Exception):

@@ -3,7 +3,7 @@
 Each task opens the work again from its origin, headers only, and goes on if plan and inputs are
 those of the process that asked. A file of the result is written under a name that no other attempt
 has, in a folder of this run beside the result, and then renamed into it: of two attempts either
-may win, since their bytes are the same.
+may win, since their bytes are the same. So it is with what the steps before files make.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ import mergekit_lite
 from mergekit_lite.checkpoint.far.fetcher import FETCHER
 from mergekit_lite.checkpoint.known import KNOWN
 from mergekit_lite.checkpoint.protocol import InputFile
-from mergekit_lite.engines.protocol import Origin, Portion, Work
+from mergekit_lite.engines.protocol import Origin, Portion, Step, Work
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.lock import environment
 from mergekit_lite.merge.run import Progress
@@ -28,7 +29,10 @@ from mergekit_lite.merge.stream import Job, run_jobs
 from mergekit_lite.merge.writer import ShardFile, explained
 from mergekit_lite.methods.base import Statistic
 
-__all__ = ["Asked", "Failed", "Written", "check", "digest", "look", "settle", "versions", "write"]
+__all__ = [
+    "Asked", "Failed", "Written", "check", "digest", "do", "installed", "look", "settle",
+    "versions", "write",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -81,6 +85,17 @@ def versions() -> dict[str, str]:
     return {"pack": mergekit_lite.__version__, **environment()}
 
 
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of packages, which are not imported for it; of one that is missing, ``missing``."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
 def look(asked: Asked) -> bool | Failed:
     """Find out whether tasks can run on this machine.
 
@@ -103,6 +118,7 @@ def look(asked: Asked) -> bool | Failed:
         return all(not _is_remote(path) for path in work.paths)
 
     found = versions()
+    found |= installed(name for name in asked.versions if name not in found)
     for name, version in asked.versions.items():
         if found.get(name) != version:
             return Failed(
@@ -118,6 +134,17 @@ def settle(asked: Asked, threads: int) -> Statistic | Failed | None:
     def run(work: Work) -> Statistic | None:
         work.observe(_runner(work, asked, threads), Progress())
         return work.statistic
+
+    return _opened(asked, run)
+
+
+def do(asked: Asked, step: Step, statistic: Statistic | None, threads: int) -> Failed | None:
+    """Do a step, or what is left of it."""
+
+    def run(work: Work) -> None:
+        if statistic is not None:
+            work.statistic = statistic
+        work.do([step], asked.attempts, threads, Progress())
 
     return _opened(asked, run)
 

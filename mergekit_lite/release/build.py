@@ -188,14 +188,12 @@ def _check_spread(path: Path, recipe: Recipe) -> None:
     if recipe.output != "model":
         raise PackError(
             f"{path}: gives {recipe.output}, which one process makes",
-            "Leave --engine out; models and GGUF files are spread over a cluster.",
+            "Leave --engine out; models and what they are quantized to are spread over a cluster.",
         )
-    others = sorted({entry.to for entry in recipe.quantize or [] if entry.to != "gguf"})
-    if others:
+    if any(entry.to == "onnx" for entry in recipe.quantize or []):
         raise PackError(
-            f"{path}: asks for {', '.join(others)}, which one process makes",
-            "Leave --engine out, or those formats; models and GGUF files are spread over a "
-            "cluster.",
+            f"{path}: asks for onnx, which one process makes",
+            "Leave --engine out, or that format; all others are spread over a cluster.",
         )
 
 

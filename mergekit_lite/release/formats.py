@@ -94,7 +94,8 @@ def _linear_step(model: Path, entry: QuantizeEntry, home: Path, place: Place) ->
             windows = cut_for(whole, calibration) if wanted.looks else None
             force = place.options.force or (folder / LOCK_NAME).is_file()
             request = plan_target(wanted, whole, windows, folder, force)
-            run_linears(whole, request, place.progress)
+            options = place.options
+            run_linears(whole, request, place.progress, options.engine, options.memory)
     finally:
         whole.close()
     seconds = time.monotonic() - began if done else 0.0

@@ -40,6 +40,38 @@ def slow_write(folder: Path) -> Callable[..., Any]:
     return write
 
 
+def fatal_do(folder: Path, layer: int) -> Callable[..., Any]:
+    """`tasks.do` whose first worker is killed while it is in a layer; notes layers as they come.
+
+    Each layer that is computed leaves ``LAYER.ID`` in a folder.
+    """
+    really = tasks.do
+
+    def do(asked: Any, step: Any, statistic: Any, threads: int) -> Any:
+        import os
+        import signal
+        import uuid
+
+        from exporters.linears.store import LayerStore
+
+        put = LayerStore.put
+
+        def dying(self: Any, index: int, *rest: Any) -> None:
+            (folder / f"{index}.{uuid.uuid4().hex}").touch()
+            if index == layer and not (folder / "dead").exists():
+                (folder / "dead").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            put(self, index, *rest)
+
+        LayerStore.put = dying  # type: ignore[method-assign]
+        try:
+            return really(asked, step, statistic, threads)
+        finally:
+            LayerStore.put = put  # type: ignore[method-assign]
+
+    return do
+
+
 def attempts(folder: Path) -> list[dict[str, Any]]:
     """What tasks have noted so far."""
     return [json.loads(path.read_text()) for path in folder.glob("*.attempt")]

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, digests, random_models, write_recipe
-from tests.engines.slow import attempts, hold, slow_write
+from tests.engines.slow import attempts, fatal_do, hold, slow_write
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.xdist_group("ray")
@@ -120,6 +120,69 @@ def test_gguf(pack: Callable[..., Any], nodes: Nodes, example_models: Path, tmp_
     assert ran.code == 0, ran.err
     assert digests(tmp_path / "here") == digests(tmp_path / "there")
     assert len(list((tmp_path / "there" / "gguf-q8_0").glob("*.gguf"))) > 2
+
+
+def test_layers_of_a_merge(
+    pack: Callable[..., Any], nodes: Nodes, example_models: Path, tmp_path: Path
+) -> None:
+    """Weights alone, of a recipe whose statistic spans the model: a task for each layer."""
+    entries = {str(example_models / n): {"weight": 0.5, "density": 0.5} for n in ("code",)}
+    recipe = write_recipe(
+        tmp_path / "merged.yaml", "ties", entries, base_model=str(example_models / "base"),
+        dtype="bfloat16", parameters={"trim": "global"},
+    )  # fmt: skip
+    words = ["quantize", "--to", "bnb", "nf4", recipe, "--json"]
+    ran = pack(*words, "-o", tmp_path / "here")
+    assert ran.code == 0, ran.err
+    ran = pack(*words, "-o", tmp_path / "there", *_ray(nodes))
+    assert ran.code == 0, ran.err
+    assert digests(tmp_path / "here") == digests(tmp_path / "there")
+    assert {p.name for p in tmp_path.iterdir()} == {"here", "there", "merged.yaml"}
+
+
+def test_a_killed_worker_goes_on_at_its_layer(
+    pack: Callable[..., Any],
+    nodes: Nodes,
+    example_models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """GPTQ, whose layers have an order: one task, which whoever takes it over continues."""
+    words = ["quantize", "--to", "gptq", "w4g128", "--context", 128, "--windows", 8,
+             example_models / "base", "--threads", 1]  # fmt: skip
+    ran = pack(*words, "-o", tmp_path / "here", "-q")
+    assert ran.code == 0, ran.err
+    noted = tmp_path / "noted"
+    noted.mkdir()
+    monkeypatch.setattr("mergekit_lite.engines.tasks.do", fatal_do(noted, 2))
+    ran = pack(*words, "-o", tmp_path / "there", "--json", *_ray(nodes))
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)[0]["recomputed"] == 1
+    assert digests(tmp_path / "here") == digests(tmp_path / "there")
+    config = json.loads((example_models / "base" / "config.json").read_text())
+    layers = Counter({str(n): 1 for n in range(config["num_hidden_layers"])})
+    assert Counter(p.name.partition(".")[0] for p in noted.glob("*.*")) == layers + Counter("2")
+
+
+def test_build(
+    pack: Callable[..., Any], nodes: Nodes, example_models: Path, tmp_path: Path
+) -> None:
+    """A recipe with formats of both kinds."""
+    recipe = write_recipe(
+        tmp_path / "small.yaml", "linear",
+        {str(example_models / n): {"weight": 0.5} for n in ("base", "code")},
+        name="small", dtype="bfloat16",
+        quantize=[{"to": "int8", "scheme": "w8a16"},
+                  {"to": "awq", "scheme": "w4g128", "calibration": {"context": 128, "windows": 8}}],
+    )  # fmt: skip
+    found = []
+    for name, engine in (("here", []), ("there", _ray(nodes))):
+        (tmp_path / name).mkdir()
+        ran = pack("build", recipe, "--threads", 1, "-q", *engine, cwd=tmp_path / name)
+        assert ran.code == 0, ran.err
+        found.append(digests(tmp_path / name / "dist"))
+    assert found[0] == found[1]
+    assert {Path(p).parts[1] for p in found[0]} == {"merged", "int8-w8a16", "awq-w4g128"}
 
 
 def test_ctrl_c_keeps_what_is_finished(
@@ -320,14 +383,14 @@ def test_an_address_where_nobody_answers(
 def test_what_is_not_spread(pack: Callable[..., Any], models: Path) -> None:
     ran = pack("merge", _recipe(models), "--address", "auto")
     assert (ran.code, "--address goes with --engine ray" in ran.err) == (2, True)
-    ran = pack("quantize", "--to", "gptq", "w4g128", models / "a", "--engine", "ray")
-    assert (ran.code, "spreads GGUF files" in ran.err) == (2, True)
+    ran = pack("quantize", "--to", "onnx", "int4", models / "a", "--engine", "ray")
+    assert (ran.code, "ONNX is made by one process" in ran.err) == (2, True)
     recipe = _recipe(models)
     asking = recipe.with_name("asking.yaml")
-    document = {**json.loads(recipe.read_text()), "quantize": [{"to": "awq", "scheme": "w4g128"}]}
+    document = {**json.loads(recipe.read_text()), "quantize": [{"to": "onnx", "scheme": "int4"}]}
     asking.write_text(json.dumps(document))
     ran = pack("build", asking, "--engine", "ray")
-    assert (ran.code, "asks for awq, which one process makes" in ran.err) == (1, True), ran.err
+    assert (ran.code, "asks for onnx, which one process makes" in ran.err) == (1, True), ran.err
 
 
 def test_killed_workers_and_a_killed_node(
