@@ -1,7 +1,9 @@
 """What a task does on whatever machine it runs; it knows nothing of the cluster that runs it.
 
-Each task opens the work again from its origin, headers only, and goes on if plan and inputs are
-those of the process that asked. A file of the result is written under a name that no other attempt
+Who works for the first time in a run opens the work again from its origin, headers only, and goes
+on if plan and inputs are those of the process that asked; it keeps the work open for further tasks,
+since a large plan takes seconds. In the end the process that asked sees whether the inputs are what
+they were. A file of the result is written under a name that no other attempt
 has, in a folder of this run beside the result, and then renamed into it: of two attempts either
 may win, since their bytes are the same. So it is with what the steps before files make.
 """
@@ -175,7 +177,7 @@ def write(
 
 def digest(asked: Asked, reference: str) -> list[InputFile] | Failed:
     """Hash the files of one input."""
-    return _opened(asked, lambda work: work.input_files(reference))
+    return _opened(asked, lambda work: work.input_files(reference), afresh=True)
 
 
 def check(asked: Asked, statistic: Statistic | None) -> Any:
@@ -189,26 +191,61 @@ def check(asked: Asked, statistic: Statistic | None) -> Any:
     return _opened(asked, run)
 
 
-def _opened(asked: Asked, run: Callable[[Work], T]) -> T | Failed:
-    """Open the work, see that it is the same, and do something with it."""
+_held: dict[tuple[Path, ...], Work] = {}
+"""The work of the run that this process has last worked for, by the folders of that run."""
+
+
+def _opened(asked: Asked, run: Callable[[Work], T], *, afresh: bool = False) -> T | Failed:
+    """Do something with the work.
+
+    Args:
+        asked: What all tasks of the run have in common.
+        run: What to do.
+        afresh: Whether it needs a work from which nothing was read before.
+    """
     KNOWN.enabled = not asked.rehash
     FETCHER.cache_bytes = asked.cache
     with contextlib.suppress(OSError):  # paths may be absolute; what is missing is said by name
         os.chdir(asked.folder)
+    key = tuple(asked.attempts)
+    work = None if afresh else _held.pop(key, None)
     try:
-        work = asked.origin.open()
-        try:
-            if list(work.fingerprints) != list(asked.fingerprints):
-                raise PackError(
-                    "the inputs are not what they were when pack was started",
-                    "Wait until whatever writes them is done, and see that all nodes have the same "
-                    "files, times of change included; then run again.",
-                )
-            return run(work)
-        finally:
-            work.close()
+        if work is None:
+            if not afresh:
+                _let_go()
+            work = _open(asked)
+        done = run(work)
+        if not afresh:
+            _held[key], work = work, None
+        return done
     except PackError as error:
         return Failed(error.message, error.hint)
+    finally:
+        if work is not None:  # after a failure too nobody knows what was read
+            work.close()
+
+
+def _let_go() -> None:
+    """Close what is held."""
+    while _held:
+        _held.popitem()[1].close()
+
+
+def _open(asked: Asked) -> Work:
+    """Open the work, and see that it is the same.
+
+    Raises:
+        PackError: It is not.
+    """
+    work = asked.origin.open()
+    if list(work.fingerprints) != list(asked.fingerprints):
+        work.close()
+        raise PackError(
+            "the inputs are not what they were when pack was started",
+            "Wait until whatever writes them is done, and see that all nodes have the same "
+            "files, times of change included; then run again.",
+        )
+    return work
 
 
 def _runner(
