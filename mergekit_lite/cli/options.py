@@ -138,7 +138,7 @@ ENGINE = click.Choice(["local", "ray"])
 _ENGINE = click.option(
     "--engine", "engine_name", type=ENGINE, default="local",
     show_default=True,
-    help="Where it is computed: this process, or a Ray cluster, a task per output file.",
+    help="Where it is computed: this process, or a Ray cluster, a task per output file and layer.",
 )  # fmt: skip
 _ADDRESS = click.option(
     "--address", metavar="ADDRESS",
