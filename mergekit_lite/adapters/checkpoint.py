@@ -245,6 +245,7 @@ class AdaptedReader(TensorReader):
         self._base = base
         self._chains = chains
         self._own = max(edit.passes for chain in chains for edit in chain.edits)
+        self._kept: dict[Rows, Array] | None = None
 
     @property
     def passes(self) -> int:  # type: ignore[override]
@@ -256,9 +257,14 @@ class AdaptedReader(TensorReader):
         if index < self._base.passes:
             self._base.observe(index, rows)
             return
+        stored = self._base.spec.dtype
+        raw = np.empty(rows.size * self.spec.columns, stored.storage)
+        self._base.read(rows, raw)
+        if self._kept is not None:
+            self._kept[rows] = raw
         for chain in self._chains:
-            flat = np.empty(rows.size * self.spec.columns, self.spec.dtype.storage)
-            self.read_base(rows, flat)
+            flat = np.empty(raw.size, self.spec.dtype.storage)
+            decode(raw, stored, flat)
             values = flat.reshape(rows.size, self.spec.columns)
             for edit in chain.edits:
                 if edit.passes:
@@ -320,8 +326,22 @@ class AdaptedReader(TensorReader):
                 np.add(values if begun else base, changed, out=values)
             begun = True
 
+    def resident_bytes(self) -> int:
+        """Bytes of the base's rows as they are stored, and what the base holds itself."""
+        if not self.passes:
+            return 0
+        own = self.spec.elements * self._base.spec.dtype.itemsize if self._own else 0
+        return own + self._base.resident_bytes()
+
+    def keep(self) -> None:
+        """Hold the base's rows from the pass that looks at them until they are read."""
+        self._kept = {} if self._own else None
+        if self._base.passes:
+            self._base.keep()
+
     def close(self) -> None:
-        """Let go of factors, and close the base."""
+        """Let go of held rows and factors, and close the base."""
+        self._kept = None
         for chain in self._chains:
             for edit in chain.edits:
                 edit.close()
@@ -330,9 +350,11 @@ class AdaptedReader(TensorReader):
     def read_base(self, rows: Rows, out: Array) -> None:
         """Read and decode rows of the base into a flat array of the working type."""
         stored = self._base.spec.dtype
-        if stored == self.spec.dtype:
+        raw = self._kept.pop(rows, None) if self._kept is not None else None
+        if raw is None and stored == self.spec.dtype:
             self._base.read(rows, out)
-        else:
+            return
+        if raw is None:
             raw = np.empty(out.size, stored.storage)
             self._base.read(rows, raw)
-            decode(raw, stored, out)
+        decode(raw, stored, out)

@@ -169,12 +169,17 @@ class MergeReader(TensorReader):
         return any(reader.far for reader in self._readers)
 
     def resident_bytes(self) -> int:
-        """Bytes of all sources, as they are gathered."""
-        return self.spec.elements * self._gathered.itemsize * len(self._readers)
+        """Bytes of all sources as they are gathered, and what these hold themselves."""
+        own = self.spec.elements * self._gathered.itemsize * len(self._readers)
+        inner = sum(reader.resident_bytes() for reader in self._readers if reader.passes)
+        return inner + (own if self._own is not None else 0)
 
     def keep(self) -> None:
-        """Hold gathered rows between passes."""
-        self._kept = {}
+        """Hold gathered rows between passes, and let sources that have passes hold theirs."""
+        self._kept = {} if self._own is not None else None
+        for reader in self._readers:
+            if reader.passes:
+                reader.keep()
 
     def close(self) -> None:
         """Let go of held rows, and of the sources."""

@@ -33,6 +33,7 @@ from mergekit_lite.checkpoint.far.transport import (
 )
 from mergekit_lite.checkpoint.known import KNOWN
 from mergekit_lite.errors import Interrupted, PackError
+from tests.adapters.models import save_base, save_lora
 from tests.conftest import Ran, digests, pack_process, random_models, write_recipe
 from tests.far_server import FarServer, far_server
 from tests.hub_server import HubServer
@@ -200,6 +201,32 @@ def test_adapter_on_a_base(
             ran = pack("merge", "adapter", word, "-o", tmp_path / name)
             assert ran.code == 0, ran.err
         size = (example_models / "base" / "model.safetensors").stat().st_size
+        sent = sum(b - a for a, b in server.asked["base/model.safetensors"])
+        assert sent == size + 1
+    assert weights(tmp_path / "far") == weights(tmp_path / "local")
+
+
+@pytest.mark.parametrize("method", ["adapter", "linear", "ties"])
+def test_an_adapter_that_looks_at_the_base_first(
+    method: str, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DoRA on embeddings needs lengths of columns; the base is fetched once all the same."""
+    folder = tmp_path / "models"
+    base = save_base(folder / "base", "llama", torch.bfloat16, vocab_size=3000, hidden_size=256)
+    save_base(folder / "other", "llama", torch.bfloat16, vocab_size=3000, hidden_size=256)
+    save_lora(folder / "dora", base, target_modules=["embed_tokens", "lm_head"], use_dora=True)
+    monkeypatch.setattr("mergekit_lite.checkpoint.far.checkpoint.BLOCK", 100_000)
+    with far_server(folder) as server:
+        for where, name in ((server.url, "far"), (str(folder), "local")):
+            word = f"{where}/base+!{folder}/dora"
+            keys: dict[str, Any] = {"weight": 0.5} | ({"density": 0.5} if method == "ties" else {})
+            beside = {"base_model": f"{where}/other"} if method == "ties" else {}
+            models = {word: keys} | ({} if method == "ties" else {f"{where}/other": keys})
+            recipe = write_recipe(tmp_path / "same.yaml", method, models, **beside)
+            words = (method, word) if method == "adapter" else (method, recipe)
+            ran = pack("merge", *words, "-o", tmp_path / name)
+            assert ran.code == 0, ran.err
+        size = (base / "model.safetensors").stat().st_size
         sent = sum(b - a for a, b in server.asked["base/model.safetensors"])
         assert sent == size + 1
     assert weights(tmp_path / "far") == weights(tmp_path / "local")
