@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -130,11 +131,13 @@ class _Reader(TensorReader):
         self._load = load
         self._transposed = transposed
         self._held: _Stored | None = None
+        self._loading = threading.Lock()
 
     def read(self, rows: Rows, out: Array) -> None:
-        held = self._held
-        if held is None:
-            held = self._held = self._load()
+        with self._loading:  # once, by the first of several threads
+            held = self._held
+            if held is None:
+                held = self._held = self._load()
         shape = rows.size, self.spec.columns
         if self._transposed:
             every = held.values(Rows(0, self.spec.columns)).T
