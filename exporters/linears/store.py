@@ -71,21 +71,28 @@ class LayerStore:
 
     def has(self, index: int) -> bool:
         """Whether a layer is there and whole; one that is damaged is made again."""
-        path = self._path(index)
         if index in self._open:
             return True
-        if not path.is_file():
+        if index not in self.listed():
             return False
         try:
             self.get(index)
         except PackError:
-            path.unlink(missing_ok=True)
+            self._path(index).unlink(missing_ok=True)
             return False
         return True
 
     def listed(self) -> set[int]:
-        """Numbers of the layers that have a file, which is not looked into."""
-        return {index for index in range(self._count) if self._path(index).is_file()}
+        """Numbers of the layers that have a file, which is not looked into.
+
+        The folder is listed, since a network's file system may remember for a while that a name was
+        not there, but asks again whether a folder changed when that is opened.
+        """
+        try:
+            names = {path.name for path in self._folder.iterdir()}
+        except OSError:
+            return set()
+        return {index for index in range(self._count) if self._path(index).name in names}
 
     def _path(self, index: int) -> Path:
         return self._folder / f"layer-{index:05}.safetensors"

@@ -348,9 +348,9 @@ class LinearsWork(Work):
     def _states(self) -> int:
         """Bytes of hidden states that are held in memory."""
         windows = self.request.windows
-        config = self._runner.model.config.get_text_config()
+        hidden = self._runner.model.get_input_embeddings().weight.shape[1]
         tokens = 0 if windows is None else len(windows.ids) * windows.context
-        return int(min(ACTIVATIONS, 4 * tokens * int(config.hidden_size)))
+        return int(min(ACTIVATIONS, 4 * tokens * hidden))
 
     def jobs(self, portions: Sequence[Portion]) -> Iterator[Job]:
         """The jobs that copy tensors from layers, or from the model, in the order of the files."""

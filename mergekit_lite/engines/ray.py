@@ -164,7 +164,7 @@ class RayEngine(Engine):
                 ray.init(
                     address=self._address, log_to_driver=False, logging_level=logging.ERROR, **own
                 )
-            except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            except Exception as error:  # Ray has no type for a node that does not start in time
                 raise _unreachable(self._address, error) from None
         self._held.callback(ray.shutdown)
 

@@ -123,9 +123,13 @@ def test_gguf(pack: Callable[..., Any], nodes: Nodes, example_models: Path, tmp_
 
 
 def test_layers_of_a_merge(
-    pack: Callable[..., Any], nodes: Nodes, example_models: Path, tmp_path: Path
+    pack: Callable[..., Any],
+    nodes: Nodes,
+    example_models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights alone, of a recipe whose statistic spans the model: a task for each layer."""
+    """Weights alone, of a recipe whose statistic spans the model: a lost worker costs its layer."""
     entries = {str(example_models / n): {"weight": 0.5, "density": 0.5} for n in ("code",)}
     recipe = write_recipe(
         tmp_path / "merged.yaml", "ties", entries, base_model=str(example_models / "base"),
@@ -134,10 +138,15 @@ def test_layers_of_a_merge(
     words = ["quantize", "--to", "bnb", "nf4", recipe, "--json"]
     ran = pack(*words, "-o", tmp_path / "here")
     assert ran.code == 0, ran.err
+    noted = tmp_path / "noted"
+    noted.mkdir()
+    monkeypatch.setattr("mergekit_lite.engines.tasks.do", fatal_do(noted, 1))
     ran = pack(*words, "-o", tmp_path / "there", *_ray(nodes))
     assert ran.code == 0, ran.err
+    assert json.loads(ran.out)[0]["recomputed"] == 1
+    assert Counter(p.name.partition(".")[0] for p in noted.glob("*.*")) == Counter("011")
     assert digests(tmp_path / "here") == digests(tmp_path / "there")
-    assert {p.name for p in tmp_path.iterdir()} == {"here", "there", "merged.yaml"}
+    assert {p.name for p in tmp_path.iterdir()} == {"here", "there", "noted", "merged.yaml"}
 
 
 def test_a_killed_worker_goes_on_at_its_layer(
