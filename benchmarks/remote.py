@@ -6,6 +6,7 @@ README.md beside this file explains it.
 """
 
 import argparse
+import logging
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from tests.far_server import far_server
 
 _OUT = WORK / "out-remote"
 _NAMES = ("base", "tune-1", "tune-2")
-_S3_SHARD = "128MB"
+_S3_SHARD = "32MB"
 _KEYS = {
     "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "hidden",
     "AWS_DEFAULT_REGION": "us-east-1",
@@ -40,6 +41,7 @@ def serve_s3() -> None:
     """Serve buckets until standard input ends."""
     from moto.server import ThreadedMotoServer
 
+    logging.disable()  # of every request
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     print(server.get_host_and_port()[1], flush=True)
@@ -128,7 +130,7 @@ def in_s3(folder: Path, rate: float, latency: float) -> list[list[str]]:
 
 
 def in_small_files(model: Path) -> Path:
-    """The same model in files of 128 MB."""
+    """The same model in files of 32 MB, or of one tensor."""
     out = WORK / "out-remote" / "small" / model.name
     text = f"merge_method: linear\nmodels:\n- model: {model}\n  parameters: {{weight: 1.0}}\n"
     path = WORK / "remote-small.yaml"

@@ -26,6 +26,8 @@ from mergekit_lite.errors import PackError
 
 __all__ = ["FarCheckpoint", "FarFile"]
 
+_FINISHING = 8
+"""Shards that are finished at a time; each may hold a block."""
 _EARLY = 96 << 20
 """Bytes of all files that may wait for their turn to be hashed."""
 
@@ -304,6 +306,10 @@ class FarCheckpoint(SafetensorsCheckpoint):
         """Fetch a whole tensor ahead, or take note of when it will be read."""
         file = self._where[name]
         file.will_need(file.header.entries[name].start, self.spec(name).nbytes)
+
+    def input_files(self) -> list[InputFile]:
+        """The shards, hashed; several at a time, since each waits for a server."""
+        return at_once(FarFile.finish, self.far, _FINISHING)
 
     def elsewhere(self) -> Mapping[str, tuple[int, int]]:
         """Bytes that were announced, and bytes of its files, by host."""
