@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_lite.cli.options import OUTPUT, human_bytes
+from mergekit_lite.cli.options import OUTPUT
+from mergekit_lite.text import human_bytes
 
 if TYPE_CHECKING:
     from mergekit_lite.recipe import Recipe

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from mergekit_lite.cli.options import OUTPUT, human_bytes
+from mergekit_lite.cli.options import OUTPUT
 from mergekit_lite.cli.ranks import rank_table
+from mergekit_lite.text import human_bytes
 
 __all__ = ["command"]
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite.cli.options import human_bytes
 from mergekit_lite.cli.table import echo_table, window
-from mergekit_lite.text import plain
+from mergekit_lite.text import human_bytes, plain
 
 if TYPE_CHECKING:
     from mergekit_lite.analyse.adapter import AdapterView

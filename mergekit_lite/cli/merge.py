@@ -15,11 +15,11 @@ from mergekit_lite.cli.options import (
     SIZE,
     complete_merge,
     engine_options,
-    human_bytes,
     make_engine,
     split_method,
 )
 from mergekit_lite.cli.ranks import rank_table
+from mergekit_lite.text import human_bytes
 
 if TYPE_CHECKING:
     from mergekit_lite.merge.address import Address

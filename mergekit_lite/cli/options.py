@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ACCEPT", "CACHE", "ENGINE", "OUTPUT", "OUTPUT_ANYWHERE", "PROFILE", "REASON", "SIZE", "TEXT",
     "Output", "RecipePath", "Size", "TextSource", "accepted_licences", "complete_merge",
-    "engine_options", "human_bytes", "make_engine", "split_method",
+    "engine_options", "make_engine", "split_method",
 ]  # fmt: skip
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -197,15 +197,6 @@ def complete_merge(
     words = ctx.params.get(param.name or "") or ()
     found = [] if words else [CompletionItem(w) for w in _METHOD_WORDS if w.startswith(incomplete)]
     return [*found, CompletionItem(incomplete, type="file")]
-
-
-def human_bytes(count: float) -> str:
-    """Bytes as a person reads them, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def split_method(words: tuple[str, ...]) -> tuple[str | None, Path]:

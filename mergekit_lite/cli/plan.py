@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_lite.cli.estimating import RATE, estimate, estimate_lines, rates_as_data
-from mergekit_lite.cli.options import ENGINE, SIZE, complete_merge, human_bytes, split_method
-from mergekit_lite.text import plain
+from mergekit_lite.cli.options import ENGINE, SIZE, complete_merge, split_method
+from mergekit_lite.text import human_bytes, plain
 
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint.locate import Source

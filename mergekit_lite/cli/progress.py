@@ -8,8 +8,8 @@ from types import TracebackType
 
 import click
 
-from mergekit_lite.cli.options import human_bytes
 from mergekit_lite.merge.run import Progress
+from mergekit_lite.text import human_bytes
 
 __all__ = ["Lines", "TerminalBar", "make_progress"]
 

@@ -12,8 +12,8 @@ import click
 
 from exporters.schemes import TARGETS, WEIGHTS_ALONE
 from mergekit_lite.cli.imatrix import CONTEXT, WINDOWS
-from mergekit_lite.cli.options import human_bytes
 from mergekit_lite.cli.progress import make_progress
+from mergekit_lite.text import human_bytes
 
 if TYPE_CHECKING:
     from exporters.gguf.mixtures import Overrides

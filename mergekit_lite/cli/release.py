@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lite.cli.hub import planned
-from mergekit_lite.cli.options import (
-    ACCEPT,
-    PROFILE,
-    REASON,
-    accepted_licences,
-    human_bytes,
-)
+from mergekit_lite.cli.options import ACCEPT, PROFILE, REASON, accepted_licences
 from mergekit_lite.release.manifest import MANIFEST, SIGNATURE, read_manifest
-from mergekit_lite.text import plain
+from mergekit_lite.text import human_bytes, plain
 
 if TYPE_CHECKING:
     from mergekit_lite.release.bundle import Release

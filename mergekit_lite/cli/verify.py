@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_lite.cli.options import human_bytes
+from mergekit_lite.text import human_bytes
 
 __all__ = ["command"]
 

@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_lite.estimate.load import Load, Rates
+from mergekit_lite.text import human_bytes
 
 __all__ = ["Cluster", "Estimate", "Stage", "estimate_cluster", "estimate_local"]
 
@@ -171,11 +172,11 @@ def estimate_local(
     planning = load.planning / rates.share
     stages = [
         _plain("compute", compute, f"{_computing(load, threads)}{_shared(rates)}"),
-        _plain("hash", chain, f"{_bytes(max(load.written, load.chain))} in their order at "
-               f"{_rate(1 / hashed)}; {_bytes(unknown)} of inputs have no known digest"),
+        _plain("hash", chain, f"{human_bytes(max(load.written, load.chain))} in their order at "
+               f"{_rate(1 / hashed)}; {human_bytes(unknown)} of inputs have no known digest"),
         _plain("read", cold / reading,
-               f"{_bytes(cold)} that memory does not hold at {_rate(reading)}"),
-        _plain("write", load.written / writing, f"{_bytes(load.written)} at {_rate(writing)}"),
+               f"{human_bytes(cold)} that memory does not hold at {_rate(reading)}"),
+        _plain("write", load.written / writing, f"{human_bytes(load.written)} at {_rate(writing)}"),
     ]  # fmt: skip
     stages.sort(key=lambda stage: -stage.seconds)
     flush = min(load.written, FLUSH_BYTES) / writing if load.shards else 0.0
@@ -216,12 +217,12 @@ def estimate_cluster(load: Load, cluster: Cluster) -> Estimate:
             "network",
             max(load.read, load.written) / nodes / cluster.network,
             max(*taken, *given) / cluster.network,
-            f"{_bytes(load.read)} in and {_bytes(load.written)} out, "
+            f"{human_bytes(load.read)} in and {human_bytes(load.written)} out, "
             f"{_count(nodes, 'node')} at {_bits(cluster.network)} each way",
         ))  # fmt: skip
     if cluster.shared:
         seconds = (load.read + load.written) / cluster.shared
-        reason = f"{_bytes(load.read + load.written)} at {_rate(cluster.shared)} for all nodes"
+        reason = f"{human_bytes(load.read + load.written)} at {_rate(cluster.shared)} for all nodes"
         stages.append(_plain("storage", seconds, reason))
     disk = cluster.disk
     if disk is None and not cluster.network and not cluster.shared:
@@ -231,7 +232,7 @@ def estimate_cluster(load: Load, cluster: Cluster) -> Estimate:
             "disk",
             (load.read + load.written) / nodes / disk,
             max(a + b for a, b in zip(taken, given, strict=True)) / disk,
-            f"{_bytes(load.read)} in and {_bytes(load.written)} out, "
+            f"{human_bytes(load.read)} in and {human_bytes(load.written)} out, "
             f"{_count(nodes, 'node')} at {_rate(disk)}",
         ))  # fmt: skip
     stages.sort(key=lambda stage: -stage.seconds)
@@ -287,14 +288,6 @@ def _notes(load: Load) -> Iterator[str]:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def _rate(speed: float) -> str:
