@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,15 +12,13 @@ from exporters.gguf.about import about
 from exporters.gguf.export import GgufModel, Scheme
 from exporters.gguf.verify import Verification, is_verified, verify
 from exporters.gguf.write import Kinds, Target, encode_jobs
+from exporters.work import ModelWork
 from mergekit_lite.checkpoint.gguf import GgufCheckpoint
-from mergekit_lite.checkpoint.protocol import InputFile
-from mergekit_lite.engines.protocol import Portion, Work
-from mergekit_lite.merge.checkpoint import MergeCheckpoint
+from mergekit_lite.engines.protocol import Portion
 from mergekit_lite.merge.model import WholeModel, open_whole
 from mergekit_lite.merge.plan import Shard
 from mergekit_lite.merge.stream import Job
 from mergekit_lite.merge.work import INTERPRETER
-from mergekit_lite.methods.base import Statistic
 
 if TYPE_CHECKING:
     from mergekit_lite.merge.run import Progress
@@ -126,42 +124,21 @@ class GgufOrigin:
             raise
 
 
-class GgufWork(Work):
+class GgufWork(ModelWork):
     """Files that are planned, their model open."""
 
     title = "Quantize"
 
     def __init__(self, prepared: Prepared, verify: bool | None) -> None:
         model = prepared.model
+        super().__init__(model)
         self._prepared = prepared
         self._verify = verify
-        self._sources = {source.reference: source for source in model.sources}
         requests = tuple(planned.request for planned in prepared.files)
         self.origin = GgufOrigin(model.reference, model.home.absolute(), requests, verify)
         self.results = [planned.shards for planned in prepared.files]
         self.fingerprints = [_fingerprint(model, planned) for planned in prepared.files]
-        self.references = list(self._sources)
-        self.paths = [source.path for source in model.sources]
         self.checked = is_verified(prepared.gguf, verify)
-
-    @property
-    def _merged(self) -> MergeCheckpoint | None:
-        checkpoint = self._prepared.model.checkpoint
-        return checkpoint if isinstance(checkpoint, MergeCheckpoint) else None
-
-    @property
-    def statistic(self) -> Statistic | None:
-        """A statistic that spans the model; None where none is needed."""
-        return None if self._merged is None else self._merged.spanning
-
-    @statistic.setter
-    def statistic(self, settled: Statistic) -> None:
-        if self._merged is not None:
-            self._merged.spanning = settled
-
-    def observe(self, run: Callable[[Iterator[Job]], None], progress: Progress) -> None:
-        """Show that statistic all tensors."""
-        self._prepared.model.observe(run, progress)
 
     def jobs(self, portions: Sequence[Portion]) -> Iterator[Job]:
         """The jobs that encode some tensors, each read once for all files."""
@@ -178,17 +155,9 @@ class GgufWork(Work):
         wanted = frozenset().union(*(portion.names for portion in portions))
         return sum(tensors.spec(name).nbytes for name in wanted)
 
-    def held_bytes(self, memory: int, threads: int) -> int:
-        """What of a budget may be held between the passes of all tensors: all of it."""
-        return memory
-
     def peak_bytes(self, memory: int, threads: int) -> int:
         """Upper estimate of the resident memory of a process that runs jobs."""
         return INTERPRETER + memory
-
-    def input_files(self, reference: str) -> list[InputFile]:
-        """The weight files of an input, hashed."""
-        return self._sources[reference].checkpoint.input_files()
 
     def check(self, folders: Sequence[Path], progress: Progress) -> Sequence[Verification | None]:
         """Verify what was written."""
@@ -201,10 +170,6 @@ class GgufWork(Work):
             self._verify,
             progress,
         )
-
-    def close(self) -> None:
-        """Close the model."""
-        self._prepared.model.close()
 
 
 def _fingerprint(model: WholeModel, planned: Planned) -> str:

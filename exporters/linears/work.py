@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,28 +23,26 @@ from exporters.linears.layouts import Layout
 from exporters.linears.matrices import Found, Matrix, check_fits, find_matrices
 from exporters.linears.rounder import LayerResult, Rounder, WeightRounder
 from exporters.linears.store import LayerStore
+from exporters.work import ModelWork
 from mergekit_lite.adapters.tensors import read_float
 from mergekit_lite.checkpoint.protocol import (
     Checkpoint,
-    InputFile,
     Rows,
     TensorReader,
     TensorSpec,
 )
 from mergekit_lite.checkpoint.quantized import as_floats
 from mergekit_lite.dtypes import Array, DType
-from mergekit_lite.engines.protocol import Portion, Sink, Step, Work
+from mergekit_lite.engines.protocol import Portion, Sink, Step
 from mergekit_lite.errors import PackError
 from mergekit_lite.evaluate.forward import ACTIVATIONS, LayerRun, LayerwiseModel, set_threads
 from mergekit_lite.evaluate.inputs import one_expert_at_a_time
 from mergekit_lite.evaluate.text import Windows
 from mergekit_lite.kernels.cast import decode, encode
-from mergekit_lite.merge.checkpoint import MergeCheckpoint
 from mergekit_lite.merge.model import WholeModel, open_whole
 from mergekit_lite.merge.plan import lay_out
 from mergekit_lite.merge.prepare import DEFAULT_SHARD
 from mergekit_lite.merge.stream import Job
-from mergekit_lite.methods.base import Statistic
 
 if TYPE_CHECKING:
     from mergekit_lite.merge.run import Progress
@@ -122,11 +120,10 @@ class LinearsOrigin:
             raise
 
 
-class LinearsWork(Work):
+class LinearsWork(ModelWork):
     """What is planned, the model open.
 
     Attributes:
-        model: It.
         request: What is wanted.
         found: Its matrices.
         matrices: Those that are put on a grid, by name of their tensor.
@@ -141,7 +138,7 @@ class LinearsWork(Work):
     libraries = ("torch", "transformers")
 
     def __init__(self, model: WholeModel, request: Request) -> None:
-        self.model = model
+        super().__init__(model)
         self.request = request
         self._runner = LayerwiseModel(model.checkpoint, request.dtype, request.device)
         one_expert_at_a_time(self._runner.model)
@@ -161,9 +158,6 @@ class LinearsWork(Work):
         self.origin = LinearsOrigin(model.reference, model.home.absolute(), _plain(request))
         self.results = [self.shards]
         self.fingerprints = [self._fingerprint()]
-        self._sources = {source.reference: source for source in model.sources}
-        self.references = list(self._sources)
-        self.paths = [source.path for source in model.sources]
         self.store = LayerStore(request.folder, self.fingerprints[0], self.count)
         if not isinstance(request.rounder, WeightRounder):
             self.step_threads = request.threads
@@ -199,25 +193,6 @@ class LinearsWork(Work):
             *(f"{s.name} {hashlib.sha256(s.prefix).hexdigest()}" for s in self.shards),
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-    @property
-    def _merged(self) -> MergeCheckpoint | None:
-        checkpoint = self.model.checkpoint
-        return checkpoint if isinstance(checkpoint, MergeCheckpoint) else None
-
-    @property
-    def statistic(self) -> Statistic | None:
-        """A statistic that spans the model; None where none is needed."""
-        return None if self._merged is None else self._merged.spanning
-
-    @statistic.setter
-    def statistic(self, settled: Statistic) -> None:
-        if self._merged is not None:
-            self._merged.spanning = settled
-
-    def observe(self, run: Callable[[Iterator[Job]], None], progress: Progress) -> None:
-        """Show that statistic all tensors."""
-        self.model.observe(run, progress)
 
     def steps(self) -> list[Step]:
         """The layers that are not finished, or all of them as one."""
@@ -380,22 +355,14 @@ class LinearsWork(Work):
         entries = (item for shard in self.shards for item in shard.header.entries.items())
         return sum(entry.end - entry.start for name, entry in entries if name in wanted)
 
-    def held_bytes(self, memory: int, threads: int) -> int:
-        """What of a budget may be held between the passes of all tensors: all of it."""
-        return memory
-
     def peak_bytes(self, memory: int, threads: int) -> int:
         """Upper estimate of the resident memory of a process that runs jobs."""
         return _LIBRARIES + memory
 
-    def input_files(self, reference: str) -> list[InputFile]:
-        """The weight files of an input, hashed."""
-        return self._sources[reference].checkpoint.input_files()
-
     def close(self) -> None:
         """Close the layers and the model."""
         self.store.close()
-        self.model.close()
+        super().close()
 
 
 class _CopyJob(Job):
