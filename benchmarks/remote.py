@@ -11,6 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from benchmarks import measure, peers, report
@@ -96,36 +98,53 @@ def remote(label: str, folder: Path, rate: float | None, latency: float, bad: fl
     return [*row, f"{sent / 1e9:.3f} GB", str(requests), used]
 
 
-def in_s3(folder: Path, rate: float, latency: float) -> list[list[str]]:
-    """The same from an S3 server, without a limit and behind the line.
-
-    The server reads an object whole for every part of it, so models lie there in small files.
-    """
-    import boto3
-
+@contextmanager
+def moto() -> Iterator[int]:
+    """Moto's S3 server as a process of its own; gives its port."""
     words = [sys.executable, "-m", "benchmarks.remote", "--serve-s3"]
     with start(words, TMPDIR=str(WORK)) as server:
         assert server.stdin is not None
         assert server.stdout is not None
-        port = int(server.stdout.readline())
+        yield int(server.stdout.readline())
+        server.stdin.close()
+
+
+def in_s3(folder: Path, rate: float, latency: float, other: int | None) -> list[list[str]]:
+    """The same from an S3 server, without a limit and behind the line.
+
+    Moto reads an object whole for every part of it, so models lie there in small files.
+
+    Args:
+        folder: Of the models.
+        rate: Bytes a second of the line.
+        latency: Seconds before an answer.
+        other: Port of loopback where a server other than moto runs, with the keys of the
+            environment; None for moto.
+    """
+    import boto3
+
+    keys = _KEYS if other is None else {name: os.environ.get(name, _KEYS[name]) for name in _KEYS}
+    kind = "moto" if other is None else "S3"
+    with moto() if other is None else nullcontext(other) as port:
         client = boto3.client(
             "s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1",
-            aws_access_key_id="key", aws_secret_access_key="hidden",
+            aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
         )  # fmt: skip
         client.create_bucket(Bucket="models")
         for name in _NAMES:
-            small = in_small_files(folder / name)
-            for path in sorted(small.iterdir()):
+            model = folder / name if other is not None else in_small_files(folder / name)
+            for path in sorted(model.iterdir()):
                 client.upload_file(str(path), "models", f"{name}/{path.name}")
-            shutil.rmtree(small)
+            if other is None:
+                shutil.rmtree(model)
         rows = []
-        for label, limit, wait in (("S3", None, 0.0), ("S3, the same line", rate, latency)):
+        for label, limit, wait in ((kind, None, 0.0), (f"{kind}, the line", rate, latency)):
             with slow_line(port, limit, wait) as line:
                 where = f"http://127.0.0.1:{line.port}"
-                row = one(label, "s3://models", AWS_ENDPOINT_URL_S3=where, **_KEYS)
+                row = one(label, "s3://models", AWS_ENDPOINT_URL_S3=where, **keys)
                 used = f"{line.sent / float(row[1].split()[0]) / limit:.0%}" if limit else "-"
                 rows.append([*row, f"{line.sent / 1e9:.3f} GB", str(line.answers), used])
-        server.stdin.close()
     return rows
 
 
@@ -148,6 +167,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.remote", description=__doc__)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--serve-s3", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--s3", type=int, metavar="PORT", help="of loopback: an S3 server other than moto"
+    )
     parser.add_argument("--only-s3", action="store_true", help="leave the server of files out")
     parser.add_argument("--rate", type=float, default=125e6, help="bytes a second")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds before an answer")
@@ -169,7 +191,7 @@ def main() -> None:
         rows.append(remote("no limit", folder, None, 0.0, 0.0))
         rows.append(remote("1 Gbit/s, 50 ms", folder, rate, latency, 0.0))
         rows.append(remote("and 5 % fail", folder, rate, latency, arguments.failing))
-    rows += in_s3(folder, rate, latency)
+    rows += in_s3(folder, rate, latency, arguments.s3)
     head = ["from", "time", "memory", "sha256", "sent", "requests", "of the line"]
     print(report.table(head, rows))
     shutil.rmtree(_OUT, ignore_errors=True)
