@@ -32,6 +32,8 @@ WAITING = 2
 """Finished shards, the one being uploaded among them, from which on no other is begun."""
 PAUSES = (0.5, 2.0, 8.0)
 """Seconds before each further attempt; the libraries have tried several times by then."""
+LINGER = 10.0
+"""Seconds that what is under way has to end in, when a run is stopped."""
 _DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -313,7 +315,7 @@ class Upload:
             self._closed = True
             self._save = lambda: None
         if self._thread is not None:
-            self._thread.join(10)
+            self._thread.join(LINGER)
 
     def _piece(
         self, name: str, shard: Mapping[str, Any], folder: Path, state: dict[str, Any]

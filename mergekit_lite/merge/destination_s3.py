@@ -15,9 +15,9 @@ import importlib.util
 import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from mergekit_lite.checkpoint.far.fetcher import at_once
 from mergekit_lite.errors import PackError
 from mergekit_lite.merge.destination import LOCK, Missing, Piece
 
@@ -109,18 +109,27 @@ class S3Store:
         size: int = state["part"]
         todo = [n for n in range(1, _count(piece.size, size) + 1) if n not in parts]
 
-        def send(number: int) -> tuple[int, str]:
-            if stopped.is_set():
-                raise PackError("stopped")
-            with piece.path.open("rb") as file:
-                file.seek((number - 1) * size)
-                body = file.read(size)
-            sent = self._call("upload_part", Key=key, UploadId=state["id"], PartNumber=number,
-                              Body=body)  # fmt: skip
-            return number, sent["ETag"]
+        failed: list[Exception] = []
 
-        with ThreadPoolExecutor(_AT_ONCE, "pack-upload") as pool:
-            parts.update(pool.map(send, todo))
+        def send(number: int) -> None:
+            if failed:
+                return
+            try:
+                if stopped.is_set():
+                    raise PackError("stopped")
+                with piece.path.open("rb") as file:
+                    file.seek((number - 1) * size)
+                    body = file.read(size)
+                sent = self._call("upload_part", Key=key, UploadId=state["id"], PartNumber=number,
+                                  Body=body)  # fmt: skip
+                parts[number] = sent["ETag"]
+            except Exception as error:  # the others end first: a part is not sent twice at a time
+                failed.append(error)
+
+        # Not a pool of `concurrent.futures`: the interpreter would wait for its threads at exit.
+        at_once(send, todo, _AT_ONCE)
+        if failed:
+            raise failed[0]
         state["parts"] = [parts[number] for number in sorted(parts)]
         state["done"] = "up"
 

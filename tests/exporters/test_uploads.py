@@ -210,6 +210,34 @@ def test_killed_runs_go_on(
     assert bucket.uploads() == []
 
 
+STOPPED_IN_A_PART = """
+import signal, threading
+from mergekit_lite.merge import destination, destination_s3
+destination.LINGER = 0.0
+made = destination_s3.S3Store._call
+def call(self, method, **words):
+    if method == "upload_part":
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait()
+    return made(self, method, **words)
+destination_s3.S3Store._call = call
+"""
+
+
+def test_stopped_while_a_server_is_silent(bucket: Bucket, model: Path, tmp_path: Path) -> None:
+    """The process ends, though a part is under way that nobody takes."""
+    words = [str(word) for word in ("quantize", model, "-o", bucket.place, *SPLIT)]
+    code = (
+        f"import os, sys\n{STOPPED_IN_A_PART}\nfrom mergekit_lite.cli import main\n"
+        f"sys.argv = ['pack', *{words!r}]\nmain()\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 130, ran.stderr
+    assert "Run the same command to continue" in ran.stderr
+
+
 def test_a_server_that_fails_while_held_files_go(
     bucket: Bucket, quantize: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
