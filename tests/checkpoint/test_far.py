@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -321,6 +322,28 @@ def test_a_cached_block_of_another_place(tmp_path: Path) -> None:
     assert sorted(map(str, held)) in (["None", "b'aaaa'"], ["None", "b'bbbb'"])
     assert not first.exists()
     assert [cache.find(state, 8, 12) for state in "ab"] == [None, None]
+
+
+def test_a_cache_that_can_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks are used, though the time of their use cannot be noted."""
+    BlockCache(tmp_path, 10_000).keep("a", 0, 4, b"aaaa")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr("os.utime", refuse)
+    cache = BlockCache(tmp_path, 10_000)
+    assert cache.find("a", 0, 4) == b"aaaa"
+
+
+@pytest.mark.parametrize("damaged", ["", "-99999999", "1e3", "many"])
+def test_a_damaged_count_of_cached_bytes(tmp_path: Path, damaged: str) -> None:
+    """The folder is looked through again, and the limit holds."""
+    cache = BlockCache(tmp_path, 10_000)
+    cache.keep("a", 0, 8000, bytes(8000))
+    (tmp_path / ".bytes").write_text(damaged)
+    cache.keep("a", 8000, 16000, bytes(8000))
+    assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= 10_000
 
 
 def test_processes_that_share_a_cache(tmp_path: Path) -> None:

@@ -54,12 +54,13 @@ class BlockCache:
                 data, digest = file.read(stop - start), file.read(_DIGEST + 1)
         except OSError:
             return None
-        with contextlib.suppress(OSError):
-            if digest == _digest(identity, start, stop, data):
+        good = digest == _digest(identity, start, stop, data)
+        with contextlib.suppress(OSError):  # the folder may be one that can only be read
+            if good:
                 os.utime(path)
-                return data
-            path.unlink()
-        return None
+            else:
+                path.unlink()
+        return data if good else None
 
     def keep(self, identity: str, start: int, stop: int, data: bytes) -> None:
         """Take a block in, and let others go for it; arguments as for `find`."""
@@ -99,7 +100,8 @@ class BlockCache:
 
     def _noted(self) -> int | None:
         with contextlib.suppress(OSError, ValueError):
-            return int(self._count.read_text("ascii"))
+            held = int(self._count.read_text("ascii"))
+            return held if held >= 0 else None
         return None
 
     def _note(self, held: int) -> None:
