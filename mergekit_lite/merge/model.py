@@ -174,6 +174,7 @@ def last_result(home: Path) -> Path:
         path
         for path in (home / "dist").glob(f"*/*/{LOCK_NAME}")
         if any(path.parent.glob("*.safetensors"))
+        and not path.parent.name.startswith(".")  # of a run that was killed
         and not (path.parent / "adapter_config.json").is_file()
         and load_json(path).get("kind") != "quantize"
     ]

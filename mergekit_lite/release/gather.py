@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,11 +203,12 @@ def gather(dist: Path, name: str, folders: Collection[str] | None = None) -> Mad
     """
     folder = dist / name
     locks = sorted(
-        path for path in folder.glob(f"*/{LOCK_NAME}")
+        path for path in _shown(folder.glob(f"*/{LOCK_NAME}"), dist)
         if folders is None or path.parent.name in folders
     )  # fmt: skip
     if not locks:
-        others = sorted({path.parent.parent.name for path in dist.glob(f"*/*/{LOCK_NAME}")})
+        every = _shown(dist.glob(f"*/*/{LOCK_NAME}"), dist)
+        others = sorted({path.parent.parent.name for path in every})
         raise PackError(
             f"{folder}: nothing was made there{nearest(name, others)}",
             f"Made so far: {', '.join(others)}" if others else "Run pack merge first.",
@@ -311,7 +312,12 @@ def last_name(dist: Path) -> str:
     Raises:
         PackError: Nothing was made.
     """
-    locks = list(dist.glob(f"*/*/{LOCK_NAME}"))
+    locks = list(_shown(dist.glob(f"*/*/{LOCK_NAME}"), dist))
     if not locks:
         raise PackError(f"{dist}: nothing was made here yet", "Run pack merge first.")
     return max(locks, key=lambda path: (path.stat().st_mtime_ns, path)).parent.parent.name
+
+
+def _shown(paths: Iterable[Path], dist: Path) -> Iterator[Path]:
+    """Those in no hidden folder, where runs that were stopped keep what is no result yet."""
+    return (p for p in paths if not any(n[0] == "." for n in p.relative_to(dist).parts))

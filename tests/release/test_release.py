@@ -18,10 +18,11 @@ import yaml
 import zstandard
 
 from mergekit_lite.errors import FileFormatError, PackError
+from mergekit_lite.merge.model import last_result
 from mergekit_lite.release.bundle import make_release
 from mergekit_lite.release.card import front_matter, lint_front_matter, render_card
 from mergekit_lite.release.draft import Asked
-from mergekit_lite.release.gather import gather
+from mergekit_lite.release.gather import gather, last_name
 from mergekit_lite.release.manifest import read_manifest
 from mergekit_lite.release.verify import verify_release
 from tests.conftest import digests, random_models
@@ -301,6 +302,21 @@ def test_versions(pack: Pack, release: Path) -> None:
     ran = pack("release", "mien", cwd=home)
     assert ran.code == 1
     assert "did you mean 'mine'" in ran.err
+
+
+def test_what_a_stopped_run_left_is_no_result(pack: Pack, tmp_path: Path) -> None:
+    """Neither below the name nor where results pass through on their way elsewhere."""
+    home = _models(tmp_path / "home")
+    assert pack("merge", _recipe(home), "-q", cwd=home).code == 0
+    dist = home / "dist"
+    for left in (".uploads/.s3-bucket-x.rounded", "mine/.merged.old"):
+        shutil.copytree(dist / "mine" / "merged", dist / left)
+    assert last_name(dist) == "mine"
+    assert [made.folder.name for made in gather(dist, "mine").artifacts] == ["merged"]
+    assert last_result(home) == Path("dist/mine/merged")
+    with pytest.raises(PackError, match="nothing was made") as refused:
+        gather(dist, ".uploads")
+    assert refused.value.hint == "Made so far: mine"
 
 
 def test_what_is_missing(pack: Pack, tmp_path: Path) -> None:
