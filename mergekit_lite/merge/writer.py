@@ -194,7 +194,7 @@ class ArtifactWriter:
             except OSError:
                 os.close(fd)
                 raise PackError(
-                    f"{self.final}: another pack is writing it", "Wait for it, or stop it."
+                    f"{self.location}: another pack is writing it", "Wait for it, or stop it."
                 ) from None
             if current:
                 self._lock_fd, self._lock_path = fd, path
@@ -230,9 +230,13 @@ class ArtifactWriter:
         need = sum(sizes if self._upload is None or self._hold else sizes[-_PASSING:])
         free = shutil.disk_usage(self.partial).free
         if need > free:
+            place, hint = f"{self.final}: needs", "choose another disk: -o DIR"
+            if self._upload is not None:
+                place = f"{self.location}: needs on its way, in {self.final.parent},"
+                hint = "start the command in a folder of another disk"
             raise PackError(
-                f"{self.final}: needs {need / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free",
-                "Free some space, or choose another disk: -o DIR",
+                f"{place} {need / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free",
+                f"Free some space, or {hint}",
             )
 
     def write(self, name: str, offset: int, data: Array) -> None:

@@ -170,6 +170,8 @@ def test_the_disk_must_hold_what_is_held(
     ran = quantize(bucket.place, *(word for word in SPLIT if word != "--no-verify"))
     assert ran.code == 1
     assert "GB free" in ran.err
+    assert f"{bucket.place}: needs on its way" in ran.err
+    assert "-o DIR" not in ran.err
     ran = quantize(bucket.place, *SPLIT)
     assert ran.code == 0, ran.err
     assert bucket.files() == digests(tmp_path / "local")
