@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from exporters.onnx.schemes import BLOCKS, ROUTES
+from exporters.onnx.schemes import BLOCKS, ROUTES, find_scheme
 from exporters.onnx.schemes import SCHEMES as ONNX_SCHEMES
 from exporters.schemes import FORMATS, ORDERS, TARGETS
 from mergekit_lite.cli.options import (
@@ -218,7 +218,9 @@ def command(
         raise click.UsageError("give --calibration or --no-calibration, not both")
     if imatrix is not None and calibration is not None:
         raise click.UsageError("give --imatrix or --calibration, not both")
-    once = tuple(dict.fromkeys((target, scheme.lower()) for target, scheme in targets))
+    once = tuple(
+        dict.fromkeys((target, _usual(target, scheme.lower())) for target, scheme in targets)
+    )
     job = Quantizing(
         model, once, output, name, force, threads or default_threads(), device, calibration,
         context, windows, seed, quiet or as_json,
@@ -297,6 +299,15 @@ def _check_targets(targets: tuple[tuple[str, str], ...]) -> None:
                 f"no such format '{target}'{nearest(target, _FORMATS)}; known: "
                 f"{', '.join(_FORMATS)}"
             )
+
+
+def _usual(target: str, scheme: str) -> str:
+    """The name of a scheme that has several, as q4_k is q4_k_m: what is made is made once."""
+    if target == "gguf":
+        from exporters.gguf.mixtures import find_mixture
+
+        return find_mixture(scheme).name
+    return find_scheme(scheme).name if target == "onnx" else scheme
 
 
 def _overrides(

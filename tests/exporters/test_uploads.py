@@ -323,6 +323,16 @@ def test_several(
     assert f"-o hf://{REPO}-gguf-q8_0" in ran.err
 
 
+def test_a_scheme_of_two_names_is_made_once(quantize: Callable[..., Ran], tmp_path: Path) -> None:
+    """`q4_k` is `q4_k_m`."""
+    named = ("--to", "gguf", "q4_k", "--to", "gguf", "Q4_K_M", "--pure", "--no-verify")
+    ran = quantize("local", *named)
+    assert ran.code == 0, ran.err
+    assert [path.name for path in sorted((tmp_path / "local").iterdir())] == [
+        "pack.lock", "small-Q4_K_M.gguf",
+    ]  # fmt: skip
+
+
 def test_refusals(
     bucket: Bucket, quantize: Callable[..., Ran], pack: Callable[..., Ran],
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
