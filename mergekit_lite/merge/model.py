@@ -193,7 +193,7 @@ def _name_of(reference: str, home: Path) -> str:
         stated = load_json(path / LOCK_NAME).get("name")
         if isinstance(stated, str) and stated:
             return stated
-    last = re.split(r"\+", reference)[-1].partition("@")[0]
+    last = re.split(r"(?<!\\)\+", reference)[-1].replace("\\+", "+").partition("@")[0]
     last = last.rpartition("*")[2].removeprefix("!")
     name = path.name if path.exists() else Path(last).name
     for suffix in (".safetensors", ".gguf", ".bin"):

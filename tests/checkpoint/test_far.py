@@ -34,6 +34,7 @@ from mergekit_lite.checkpoint.far.transport import (
 )
 from mergekit_lite.checkpoint.known import KNOWN
 from mergekit_lite.errors import Interrupted, PackError
+from mergekit_lite.merge.model import _name_of
 from tests.adapters.models import save_base, save_lora
 from tests.conftest import Ran, digests, pack_process, random_models, write_recipe
 from tests.far_server import FarServer, far_server
@@ -322,6 +323,18 @@ def test_a_cached_block_of_another_place(tmp_path: Path) -> None:
     assert sorted(map(str, held)) in (["None", "b'aaaa'"], ["None", "b'bbbb'"])
     assert not first.exists()
     assert [cache.find(state, 8, 12) for state in "ab"] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        (r"s3://b/ba\+se", "ba-se"), (r"s3://b/x\+y/base@v1", "base"), ("a/b+lora", "lora"),
+        ("base+0.7*lora", "lora"), ("base+!lora", "lora"), (r"base+s3://b/lo\+ra", "lo-ra"),
+    ],
+)  # fmt: skip
+def test_names_of_what_is_made(reference: str, name: str, tmp_path: Path) -> None:
+    """A `+` that belongs to an address does not begin an adapter."""
+    assert _name_of(reference, tmp_path) == name
 
 
 def test_a_cache_that_can_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
