@@ -47,7 +47,7 @@ class Kinds:
         plan: Whose.
         inputs: Its models.
         kinds: By signature; that of most elements first.
-        of: Signature by a tensor's name.
+        of: Signature by a tensor's name; tensors without elements have none.
     """
 
     plan: Plan
@@ -64,6 +64,8 @@ def budget_of(plan: Plan, memory: int, threads: int) -> int:
 def kinds_of(plan: Plan, inputs: Inputs, memory: int) -> Kinds:
     """Sort a plan's tensors into kinds; the kind of most elements comes first.
 
+    Tensors without elements are of no kind: there is nothing of them to measure.
+
     Args:
         plan: Any plan.
         inputs: Its models.
@@ -71,6 +73,8 @@ def kinds_of(plan: Plan, inputs: Inputs, memory: int) -> Kinds:
     """
     groups: dict[_Look, list[PlannedTensor]] = {}
     for tensor in plan.tensors.values():
+        if not tensor.spec.elements:
+            continue
         groups.setdefault(_look(plan, inputs, memory, tensor), []).append(tensor)
     kinds: dict[str, Kind] = {}
     of: dict[str, str] = {}

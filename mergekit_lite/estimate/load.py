@@ -143,6 +143,9 @@ def load_of(
         work = read = cold = unknown = 0.0
         for name in shard.header.entries:
             tensor = plan.tensors[name]
+            if not tensor.spec.elements:
+                work += rates.tensor
+                continue
             signature = kinds.of[name]
             rate = rates.elements.get(signature)
             if rate is None:

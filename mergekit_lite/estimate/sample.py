@@ -248,7 +248,7 @@ class Sample:
             jobs = (
                 _SampleJob(merged.open(n), file, at) for n, at in zip(names, starts, strict=False)
             )
-            _run(jobs, threads, held)
+            run_jobs(jobs, threads, held, lambda _: None, file.abort)
             file.finish()
         return clock.read()
 

@@ -363,6 +363,18 @@ def test_every_sort_of_method_is_measured(
     assert known_rates(kinds, 1) == rates
 
 
+def test_tensors_without_elements_cost_next_to_nothing(tmp_path: Path) -> None:
+    """There is nothing of them to measure: a merge of nothing else is reckoned all the same."""
+    shapes = {"layers.0.up.weight": (0, 4), "layers.1.up.weight": (0,)}
+    random_models(tmp_path, shapes=shapes)
+    found = prepared(write_recipe(tmp_path / "r.yaml", "linear", {"a": {}, "b": {}}))
+    found.inputs.close()
+    kinds = sorted_kinds(found)
+    assert not kinds.kinds
+    rates = Rates(elements={}, tensor=0.5, hashing=0.0, start=0.0, reading=1.0, writing=1.0)
+    assert load_of(kinds, rates, {}).work == 1.0
+
+
 def test_four_models_of_a_trillion_weights_are_planned(tmp_path: Path) -> None:
     """Holes on the disk: the plan and its estimate read headers alone, in seconds."""
     shapes = trillion_shapes(experts=24)
