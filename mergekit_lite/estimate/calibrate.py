@@ -261,7 +261,7 @@ def _tiny(folder: Path) -> None:
 def _timed(folder: Path, recipe: Mapping[str, Any]) -> Spent:
     file = folder / "recipe.yaml"
     file.write_text(json.dumps(recipe))
-    command = [sys.executable, "-m", "mergekit_lite", "merge", str(file), "-q", "--force",
+    command = [sys.executable, "-P", "-m", "mergekit_lite", "merge", str(file), "-q", "--force",
                "-o", str(folder / "out")]  # fmt: skip
     clock = Clock()
     ran = subprocess.run(command, capture_output=True, check=False)  # noqa: S603

@@ -312,6 +312,7 @@ def test_measured_once_and_then_known(
     monkeypatch.setattr("mergekit_lite.estimate.sample._SAMPLE_BYTES", 1 << 20)
     monkeypatch.setattr("mergekit_lite.estimate.sample._TENSOR_ELEMENTS", 1 << 16)
     monkeypatch.setattr("mergekit_lite.estimate.calibrate._DISK_BYTES", 1 << 23)
+    (tmp_path / "click.py").write_text("raise SystemExit(3)")  # the folder's own, never imported
     assert "--measure" in pack("plan", recipe, cwd=tmp_path).out
     ran = pack("plan", "--measure", recipe, cwd=tmp_path)
     assert ran.code == 0, ran.err
@@ -324,6 +325,7 @@ def test_measured_once_and_then_known(
     stages = [stage["seconds"] for stage in document["stages"]]
     around = document["start"] + document["planning"] + document["flush"]
     assert document["seconds"] == pytest.approx(around + max(stages))
+    assert document["rates"]["start_seconds"] > 0.1
     assert next(iter(document["rates"]["seconds_per_element"].values())) > 0
     assert not list(tmp_path.glob(".pack-rate*"))
 
