@@ -251,9 +251,11 @@ def estimate_cluster(load: Load, cluster: Cluster) -> Estimate:
 
 def _assign(load: Load, cluster: Cluster) -> tuple[float, list[int], list[int]]:
     """Give files to slots: the end of the last, and bytes in and out of each node."""
-    taken, given = [0] * cluster.nodes, [0] * cluster.nodes
-    # Slots count through the nodes first, so that few files go to many nodes.
-    free = [(0.0, slot) for slot in range(cluster.slots)]
+    # Slots count through the nodes first, so that few files go to many nodes; the others stay free.
+    slots = min(cluster.slots, max(1, len(load.shards)))
+    nodes = min(cluster.nodes, slots)
+    taken, given = [0] * nodes, [0] * nodes
+    free = [(0.0, slot) for slot in range(slots)]
     end = 0.0
     for shard in load.shards:
         began, slot = heapq.heappop(free)

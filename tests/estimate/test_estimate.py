@@ -125,7 +125,8 @@ def test_files_go_to_the_first_free_slot() -> None:
 def test_more_slots_than_files_do_not_help() -> None:
     few = estimate_cluster(load([10.0] * 4), Cluster(4, 1, network=1e12))
     many = estimate_cluster(load([10.0] * 4), Cluster(400, 32, network=1e12))
-    assert many.seconds == pytest.approx(few.seconds)
+    endless = estimate_cluster(load([10.0] * 4), Cluster(10**12, 10**12, network=1e12))
+    assert many.seconds == pytest.approx(few.seconds) == pytest.approx(endless.seconds)
 
 
 def test_threads_of_a_file_make_it_shorter() -> None:
