@@ -69,7 +69,11 @@ def estimate(
         disk: Bytes a second of this machine's disk, if not as measured.
         planning: Seconds of one core that it took to prepare the merge.
         measure: Whether to measure, and to do so again where it was done.
+
+    Raises:
+        PackError: The current folder, whose disk is measured, cannot be written to.
     """
+    from mergekit_lite.errors import PackError
     from mergekit_lite.estimate.calibrate import calibrate, known_rates, stored_of
     from mergekit_lite.estimate.kinds import budget_of, kinds_of
     from mergekit_lite.estimate.load import load_of
@@ -86,7 +90,13 @@ def estimate(
         if not measure and cluster is None:
             return None
         note = lambda text: click.echo(f"{text} …", err=True)  # noqa: E731
-        rates = calibrate(kinds, held, busy, Path(), note)
+        try:
+            rates = calibrate(kinds, held, busy, Path(), note)
+        except OSError as error:
+            raise PackError(
+                f"{Path.cwd()}: its disk cannot be measured ({error.strerror or error})",
+                "Run pack plan in a folder that you may write to, with 600 MB free.",
+            ) from None
     load = load_of(kinds, rates, stored_of(inputs), planning=planning)
     if cluster is None:
         return estimate_local(load, busy, disk, disk), rates

@@ -43,6 +43,7 @@ _MOST_KINDS = 6
 _REPETITIONS = 3
 _DISK_BYTES = 256 << 20
 _PIECE = 1 << 22
+_MACHINE = frozenset({"tensor", "hashing", "start", "waiting", "share", "reading", "writing"})
 
 
 def known_rates(kinds: Kinds, threads: int) -> Rates | None:
@@ -52,11 +53,11 @@ def known_rates(kinds: Kinds, threads: int) -> Rates | None:
         kinds: Of the plan.
         threads: How many are busy at once.
     """
-    machine = _load(_machine_key(kinds.plan, threads))
+    machine = _load(_machine_key(kinds.plan, threads), _MACHINE)
     found = {
         kind.signature: held["elements"]
         for kind in _measured(kinds)
-        if (held := _load(_kind_key(kind, threads))) is not None
+        if (held := _load(_kind_key(kind, threads), frozenset({"elements"}))) is not None
     }
     if machine is None or any(main not in found for main in list(kinds.kinds)[:1]):
         return None
@@ -139,11 +140,14 @@ def _machine_key(plan: Plan, threads: int) -> str:
     return _key("machine", plan.method.name, threads)
 
 
-def _load(key: str) -> dict[str, float] | None:
+def _load(key: str, names: frozenset[str]) -> dict[str, float] | None:
+    """Rates of these names; None where they were not kept, or what was kept is something else."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         held = json.loads((_folder() / f"{key}.json").read_text("ascii"))
-        if isinstance(held, dict) and all(
-            isinstance(v, float) and v >= 0 and v < float("inf") for v in held.values()
+        if (
+            isinstance(held, dict)
+            and held.keys() == names
+            and all(isinstance(v, float) and 0 <= v < float("inf") for v in held.values())
         ):
             return held
     return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -364,6 +366,24 @@ def test_every_sort_of_method_is_measured(
     assert set(rates.elements) == set(kinds.kinds)
     assert all(0 < rate < 1e-4 for rate in rates.elements.values())
     assert known_rates(kinds, 1) == rates
+    for path in (tmp_path / "cache" / "pack" / "rates").iterdir():
+        path.write_text('{"other": 1.0}')
+    assert known_rates(kinds, 1) is None
+
+
+def test_a_folder_that_cannot_be_measured_is_named(
+    pack: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    random_models(tmp_path)
+    recipe = write_recipe(tmp_path / "r.yaml", "linear", {"a": {}, "b": {}})
+    monkeypatch.setattr("mergekit_lite.estimate.calibrate.calibrate", full)
+    ran = pack("plan", "--measure", recipe, cwd=tmp_path)
+    assert ran.code == 1
+    assert f"{tmp_path}: its disk cannot be measured (No space left on device)" in ran.err
+    assert "a folder that you may write to" in ran.err
 
 
 def test_tensors_without_elements_cost_next_to_nothing(tmp_path: Path) -> None:
