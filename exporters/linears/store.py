@@ -70,7 +70,10 @@ class LayerStore:
         return [index for index in range(self._count) if self.has(index)]
 
     def has(self, index: int) -> bool:
-        """Whether a layer is there and whole; one that is damaged is made again."""
+        """Whether a layer is there and whole; one that is not is made again, and replaced.
+
+        It is not removed: what this machine cannot open just now, another may be reading.
+        """
         if index in self._open:
             return True
         if index not in self.listed():
@@ -78,7 +81,6 @@ class LayerStore:
         try:
             self.get(index)
         except PackError:
-            self._path(index).unlink(missing_ok=True)
             return False
         return True
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -22,9 +24,11 @@ from exporters.gptq.solve import Settings, solve  # noqa: E402
 from exporters.linears.quantized import Grid, rounded  # noqa: E402
 from exporters.linears.run import run_linears  # noqa: E402
 from exporters.linears.scheme import parse_scheme  # noqa: E402
+from exporters.linears.store import LayerStore  # noqa: E402
 from exporters.targets import Wanted, plan_target  # noqa: E402
 from mergekit_lite.adapters.tensors import read_float  # noqa: E402
 from mergekit_lite.cli.progress import make_progress  # noqa: E402
+from mergekit_lite.dtypes import DTYPES  # noqa: E402
 from mergekit_lite.errors import PackError  # noqa: E402
 from mergekit_lite.evaluate.forward import LayerwiseModel  # noqa: E402
 from mergekit_lite.evaluate.text import Text, Windows  # noqa: E402
@@ -600,3 +604,23 @@ def test_broken_files(how: str, pack: Pack, tmp_path: Path) -> None:
     assert ran.code == 1
     assert "model.layers.0.mlp.up_proj" in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_a_layer_that_cannot_be_opened_just_now_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LayerStore(tmp_path / "out", "same", 1)
+    store.begin()
+    store.put(0, {"t": (DTYPES["F32"], np.zeros((2, 2), np.float32))}, [], tmp_path)
+    really = os.open
+
+    def stale(path: Any, *more: Any, **options: Any) -> int:
+        if str(path).endswith(".safetensors"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return really(path, *more, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", stale)
+        assert store.done == []
+    assert store.done == [0]
+    store.close()
