@@ -190,6 +190,7 @@ class LinearsWork(ModelWork):
                 sort_keys=True,
             ),
             f"{request.device} {request.dtype}",
+            "" if request.windows is None else f"{request.threads} threads",
             *(f"{s.name} {hashlib.sha256(s.prefix).hexdigest()}" for s in self.shards),
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -86,7 +86,7 @@ def run_job(model: WholeModel, job: OnnxJob, progress: Progress) -> MadeOnnx:
         rounded.close()
     shutil.rmtree(scratch, ignore_errors=True)
     if job.upload is not None:
-        job.upload.clean(scratch)
+        job.upload.clean()
     return replace(made, seconds=time.monotonic() - began)
 
 

@@ -93,8 +93,8 @@ class Quantizing:
             raise click.UsageError(
                 f"'{self.name}' is no name of a file: letters, digits, '.', '_' and '-'"
             )
-        if self.output is not None and str(self.output).endswith(".gguf"):
-            stem = Path(str(self.output)).stem
+        if isinstance(self.output, Path) and self.output.suffix == ".gguf":
+            stem = self.output.stem
             raise click.UsageError(f"-o names a folder; the file gets its name by --name {stem}")
 
     @property

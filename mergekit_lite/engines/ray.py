@@ -387,7 +387,8 @@ class _Run:
         def take(files: list[InputFile]) -> None:
             weights[reference] = files
 
-        return _Call(tasks.digest, (reference,), {"num_cpus": 1}, f"digests of {reference}", take)
+        needs = {"num_cpus": 1, "memory": self._work.peak_bytes(0, 1)}
+        return _Call(tasks.digest, (reference,), needs, f"digests of {reference}", take)
 
     def _gather(self, calls: Sequence[_Call]) -> None:
         """Run tasks until all are done, again where they are lost."""

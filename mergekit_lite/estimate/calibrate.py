@@ -31,6 +31,7 @@ from mergekit_lite.checkpoint.header import write_header
 from mergekit_lite.checkpoint.known import KNOWN
 from mergekit_lite.checkpoint.locate import Source
 from mergekit_lite.dtypes import DTYPES
+from mergekit_lite.errors import PackError
 from mergekit_lite.estimate.kinds import Kind, Kinds
 from mergekit_lite.estimate.load import Rates, Stored
 from mergekit_lite.estimate.sample import Clock, Sample, Spent, median
@@ -273,6 +274,12 @@ def _timed(folder: Path, recipe: Mapping[str, Any]) -> Spent:
     if ran.returncode and recipe["merge_method"] != "linear":
         models = [{"model": name, "parameters": {"weight": 1.0}} for name in ("m0", "base")]
         return _timed(folder, {"merge_method": "linear", "models": models})
+    if ran.returncode:
+        said = (ran.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"])[0]
+        raise PackError(
+            f"the start of pack could not be measured: a small merge failed ({said})",
+            "Try such a merge: pack merge; the plan alone needs no --measure.",
+        )
     return spent
 
 

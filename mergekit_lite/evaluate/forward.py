@@ -150,6 +150,7 @@ class LayerwiseModel:
     ) -> None:
         import torch
 
+        collector.resume()
         self._label = checkpoint.label
         self._torch: Any = torch
         self._dtype = getattr(torch, dtype)

@@ -295,9 +295,9 @@ class Upload:
         except KeyboardInterrupt:
             raise Interrupted("stopped") from None
 
-    def clean(self, partial: Path) -> None:
+    def clean(self) -> None:
         """Remove the folders here that are empty, as they are after a commit and a refusal."""
-        for folder in (partial, SCRATCH, SCRATCH.parent):
+        for folder in (SCRATCH, SCRATCH.parent):
             with contextlib.suppress(OSError):  # others are there
                 folder.rmdir()
 

@@ -422,11 +422,14 @@ class ArtifactWriter:
             held.file.close()
         if self._lock_fd >= 0:
             shutil.rmtree(attempts_of(self.final), ignore_errors=True)
+            if self._upload is not None:
+                with contextlib.suppress(OSError):  # it holds something for the next run
+                    self.partial.rmdir()
             self._lock_path.unlink(missing_ok=True)
             os.close(self._lock_fd)
             self._lock_fd = -1
             if self._upload is not None:
-                self._upload.clean(self.partial)
+                self._upload.clean()
 
 
 def _read_journal(final: Path) -> dict[str, Any]:

@@ -214,7 +214,10 @@ def _listed(system: Any, path: str, url: str) -> list[str]:
     try:
         return [str(p) for p in system.ls(path, detail=False)]
     except FileNotFoundError:
-        raise PackError(f"{url}: there is no such folder", "Check the address.") from None
+        raise PackError(
+            f"{url}: there is no such folder",
+            "Check the address; a + that belongs to it is written \\+",
+        ) from None
     except PackError:
         raise
     except Exception as error:
