@@ -160,7 +160,6 @@ def _publish(
     outputs = writer.outputs(files)
     lock = lock_file("quantize", fields, list(model.sources), computed.weights, outputs)
     published = writer.publish({**files, LOCK_NAME: lock})
-    work.store.remove()
     return MadeLinears(
         request.folder,
         published,

@@ -19,7 +19,7 @@ from mergekit_lite.checkpoint.header import write_header
 from mergekit_lite.checkpoint.safetensors import SafetensorsCheckpoint
 from mergekit_lite.dtypes import Array, DType
 from mergekit_lite.errors import PackError
-from mergekit_lite.merge.writer import explained
+from mergekit_lite.merge.writer import explained, layers_of
 
 __all__ = ["LayerStore"]
 
@@ -40,7 +40,7 @@ class LayerStore:
 
     def __init__(self, final: Path, fingerprint: str, count: int) -> None:
         self._final = final
-        self._folder = final.parent / f".{final.name}.layers"
+        self._folder = layers_of(final)
         self._fingerprint = fingerprint
         self._count = count
         self._open: dict[int, SafetensorsCheckpoint] = {}
@@ -146,8 +146,3 @@ class LayerStore:
         for layer in self._open.values():
             layer.close()
         self._open.clear()
-
-    def remove(self) -> None:
-        """Remove all layers: the result is whole."""
-        self.close()
-        shutil.rmtree(self._folder, ignore_errors=True)

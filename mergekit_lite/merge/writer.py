@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from mergekit_lite.checkpoint.locate import Source
 
 __all__ = [
-    "ArtifactWriter", "OutputFile", "ShardFile", "check_place", "explained", "partial_of",
-    "refuse_existing", "refuse_inputs", "refuse_uploaded", "write_durably",
+    "ArtifactWriter", "OutputFile", "ShardFile", "check_place", "explained", "layers_of",
+    "partial_of", "refuse_existing", "refuse_inputs", "refuse_uploaded", "write_durably",
 ]  # fmt: skip
 
 _PASSING = 5
@@ -53,6 +53,11 @@ def journal_of(final: Path) -> Path:
 def attempts_of(final: Path) -> Path:
     """The hidden folder in which other processes write shards of a result."""
     return final.parent / f".{final.name}.attempts"
+
+
+def layers_of(final: Path) -> Path:
+    """The hidden folder in which finished layers wait for the files of a result."""
+    return final.parent / f".{final.name}.layers"
 
 
 @contextlib.contextmanager
@@ -388,6 +393,7 @@ class ArtifactWriter:
                 self._upload.commit(files)
             self._journal.unlink(missing_ok=True)
             shutil.rmtree(self.partial)
+            shutil.rmtree(layers_of(self.final), ignore_errors=True)
             return outputs
         with explained(self.final):
             for name, content in files.items():
@@ -398,6 +404,8 @@ class ArtifactWriter:
             sync_folder(self.partial)
             replace_folder(self.partial, self.final)
             self._journal.unlink(missing_ok=True)
+        # Also those of a run that was stopped, and of another format than what is there now.
+        shutil.rmtree(layers_of(self.final), ignore_errors=True)
         return outputs
 
     def outputs(self, files: Mapping[str, bytes]) -> list[OutputFile]:

@@ -574,6 +574,19 @@ def test_continued_with_its_own_settings_alone(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "out")
 
 
+def test_layers_that_nobody_continues_go_with_the_next_result(
+    pack: Any, example_models: Path, tmp_path: Path
+) -> None:
+    """Another format in the same place."""
+    stopped = tmp_path / ".out.layers"
+    stopped.mkdir()
+    (stopped / "layer-00000.safetensors").write_bytes(b"what a run of another format left")
+    words = ["--to", "gguf", "q8_0", example_models / "base", "--no-verify"]
+    ran = pack("quantize", *words, "-o", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
 def broken(stored: dict[str, Any], how: str) -> dict[str, Any]:
     """A quantized file whose parts do not fit one another."""
     module = "model.layers.0.mlp.up_proj"
