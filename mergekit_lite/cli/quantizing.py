@@ -93,8 +93,9 @@ class Quantizing:
             raise click.UsageError(
                 f"'{self.name}' is no name of a file: letters, digits, '.', '_' and '-'"
             )
-        if isinstance(self.output, Path) and self.output.suffix == ".gguf":
-            stem = self.output.stem
+        where = str(self.output or "")  # a repository may be called so
+        if where.endswith(".gguf") and not where.startswith("hf://"):
+            stem = Path(where).stem
             raise click.UsageError(f"-o names a folder; the file gets its name by --name {stem}")
 
     @property
