@@ -87,6 +87,8 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> B
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     monkeypatch.setattr("mergekit_lite.merge.destination.PAUSES", (0.0, 0.0, 0.0))
+    # fsspec keeps what it has opened, another server of this process among it.
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
     client = pytest.importorskip("boto3").client("s3", endpoint_url=s3_server)
     name = f"bucket-{next(_NUMBERS)}"
     client.create_bucket(Bucket=name)

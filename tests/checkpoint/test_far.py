@@ -716,7 +716,7 @@ def test_no_rate_of_another_host() -> None:
 @pytest.mark.xdist_group("s3")
 def test_s3(pack: Pack, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same from an S3 server, with and without an object that changes."""
-    pytest.importorskip("s3fs")
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
     moto = pytest.importorskip("moto.server")
     import boto3
 
