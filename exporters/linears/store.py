@@ -67,17 +67,17 @@ class LayerStore:
     @property
     def done(self) -> list[int]:
         """Numbers of the layers that are finished, in order."""
-        return [index for index in range(self._count) if self.has(index)]
+        return [index for index in sorted(self.listed()) if self._opens(index)]
 
     def has(self, index: int) -> bool:
         """Whether a layer is there and whole; one that is not is made again, and replaced.
 
         It is not removed: what this machine cannot open just now, another may be reading.
         """
-        if index in self._open:
-            return True
-        if index not in self.listed():
-            return False
+        return index in self._open or (index in self.listed() and self._opens(index))
+
+    def _opens(self, index: int) -> bool:
+        """Whether the file of a layer, which is there, is whole."""
         try:
             self.get(index)
         except PackError:

@@ -197,7 +197,8 @@ class LinearsWork(ModelWork):
 
     def steps(self) -> list[Step]:
         """The layers that are not finished, or all of them as one."""
-        missing = [index for index in range(self.count) if not self.store.has(index)]
+        done = frozenset(self.store.done)
+        missing = [index for index in range(self.count) if index not in done]
         if isinstance(self.request.rounder, WeightRounder):
             return [Step(index, f"layer {index}", self._layer_bytes(index)) for index in missing]
         return [Step(0, "layers", sum(map(self._layer_bytes, missing)))] if missing else []

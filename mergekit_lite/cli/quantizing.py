@@ -51,7 +51,7 @@ class Quantizing:
 
     Attributes:
         model: As the user named it.
-        targets: Formats and schemes.
+        targets: Formats and schemes, by the usual names of these.
         output: Where results go, a folder or an address; None for below ``dist``.
         name: Of the files; None for the model's.
         force: Whether results are replaced.
@@ -143,8 +143,6 @@ class Quantizing:
         """
         if self.output is None or isinstance(self.output, Path):
             return
-        from exporters.gguf.mixtures import find_mixture
-        from exporters.onnx.schemes import find_scheme
         from mergekit_lite.merge.destination import open_upload
         from mergekit_lite.merge.writer import refuse_uploaded
 
@@ -153,9 +151,7 @@ class Quantizing:
                 f"--link-weights links files of this disk, which {self.output} cannot; leave it "
                 "out, or write to a folder: -o DIR"
             )
-        names = {"gguf": lambda word: find_mixture(word).name,
-                 "onnx": lambda word: find_scheme(word).name}  # fmt: skip
-        lasts = [f"{to}-{names.get(to, str)(scheme)}" for to, scheme in self.targets]
+        lasts = [f"{target}-{scheme}" for target, scheme in self.targets]
         if len(lasts) > 1 and self.output.scheme == "hf":
             raise click.UsageError(
                 f"{self.output}: a repository takes one result, not {len(lasts)}; run pack "

@@ -240,7 +240,7 @@ class Sample:
         statistic = merged.spanning
         index = 0
         while statistic is not None and index < statistic.passes:
-            _run(self._spanning(merged, names, index), threads, held)
+            run_jobs(self._spanning(merged, names, index), threads, held, lambda _: None)
             statistic.settle(index)
             index += 1
         starts = list(itertools.accumulate((t.spec.nbytes for t in tensors.values()), initial=0))
@@ -273,10 +273,6 @@ def _result(folder: Path, size: int) -> Iterator[SegmentedFile]:
             yield file
         finally:
             file.close()
-
-
-def _run(jobs: Iterator[Job], threads: int, memory: int) -> None:
-    run_jobs(jobs, threads, memory, lambda _: None)
 
 
 def _shape(spec: TensorSpec, elements: int) -> tuple[int, ...]:
